@@ -1,0 +1,32 @@
+# Two commands set up a fresh machine by themselves: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONWARNINGS ?=
+
+.PHONY: demo test lint bench test-gpu clean
+
+# pip, not another resolver: the constraints pin a torch that pip finds as a CPU build where one is at hand.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[recipes,dev]'
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/tempo train examples/demo.toml
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed
+	$(BIN)/tempo bench --model vit-small
+
+test-gpu: .venv/.installed
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache runs

@@ -1,0 +1,90 @@
+"""Every exception a user can meet.
+
+A message says what happened, where (layer, worker, file, field) and what to do about it. None carries a secret:
+no tensor values, no keys, no masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class TempoError(Exception):
+    """Base of every error that Tempo raises on purpose."""
+
+
+class SettingsError(TempoError, ValueError):
+    """A setting, flag or recipe field is unknown, of the wrong type or out of range."""
+
+
+class AddressError(SettingsError):
+    """A worker address does not follow ``[group:]host:port[@operator]`` or ``unix:path[@operator]``."""
+
+
+class SchemeError(TempoError):
+    """The scheme cannot do what was asked: too few workers, an update place or a layer it does not support."""
+
+
+class UnsafeError(TempoError):
+    """What was asked would undo the protection: a session used after a fork, say."""
+
+
+class SessionClosedError(TempoError):
+    """The session was closed, so nothing can be computed under it any more."""
+
+
+class NonFiniteError(TempoError, FloatingPointError):
+    """A tensor about to be masked holds NaN or infinity. Names the layer and the operand."""
+
+
+class IdentityError(TempoError):
+    """A key pair or a peer's certificate is missing, unreadable or not trusted."""
+
+
+class ProtocolError(TempoError):
+    """The other end of a connection broke the wire protocol, and the connection was closed."""
+
+
+class WorkerError(TempoError):
+    """Something went wrong at, or on the way to, one worker. Names its address."""
+
+
+class WorkerUnreachableError(WorkerError):
+    """No connection could be made."""
+
+
+class WorkerRefusedError(WorkerError):
+    """The worker was reached but refused: unknown certificate, other protocol version, missing capability."""
+
+
+class WorkerLostError(WorkerError):
+    """The connection broke while requests were in flight."""
+
+
+class WorkerOutOfMemoryError(WorkerError):
+    """The worker's memory limit, or its device, is exhausted."""
+
+
+class WorkerFailedError(WorkerError):
+    """The worker answered a request with an error of its own."""
+
+
+class CheckpointError(TempoError):
+    """A checkpoint is missing, damaged, of another model, or could not be written."""
+
+
+class DataError(TempoError):
+    """A data source is unknown, missing or malformed. Says what to put where."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return a hint for an unknown ``name``: the nearest valid one if any is close, else all of them.
+
+    Examples:
+        >>> nearest("temppo", ["tempo", "mix"])
+        "did you mean 'tempo'?"
+    """
+    names = sorted(valid)
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid are: {', '.join(names)}"

@@ -1,0 +1,134 @@
+"""The contract of a scheme: how operands of a product are encoded for workers, and their answers decoded.
+
+A product is bilinear, ``Y = f(X, W)``, with rows (samples, tokens, pixels) on axis 0 of X and Y, input features on
+axis 1 of X and W, output features on axis 1 of Y and axis 0 of W; further axes are spatial. Encoding runs as a chain,
+and each link holds the secrets that its own decoding needs::
+
+    Scheme.encode_weight(W)          -> EncodedWeight     stored by the workers until it expires
+    EncodedWeight.encode_input(X)    -> EncodedInput      forward;  decode_output(replies)  -> Y
+    EncodedInput.encode_gradient(G)  -> EncodedGradient   backward; decode_input_gradient -> dX, decode_weight_gradient -> dW
+
+Every encoding yields *addressed* operands: which worker gets which tensor, each with its own dtype. So a scheme may
+divide rows among workers, send each another share, or add columns and correct for them on the way back.
+Schemes are pure tensor mathematics: no input or output, no randomness but the key schedule's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tempo.keys import Key
+from tempo.wire.messages import Conv, Product
+
+Empty = Callable[[int, tuple[int, ...], torch.dtype], Tensor]
+"""``empty(worker, shape, dtype)``: a send buffer for that worker, to be written once, by the encoding itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A worker that takes part in a product: its number in the session, its operator, its share of the rows."""
+
+    worker: int
+    operator: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """Tensors addressed to one worker (``x``, ``w`` or ``g``, plus whatever a scheme adds)."""
+
+    worker: int
+    tensors: dict[str, Tensor]
+    rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One product as the scheme sees it: its kind, and the dtype its operands travel in."""
+
+    product: Product
+    wire_dtype: torch.dtype
+
+    @property
+    def groups(self) -> int:
+        """Independent groups of channels."""
+        return self.product.groups if isinstance(self.product, Conv) else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """A tensor given or wanted in consecutive pieces along one axis: the members of a fused product."""
+
+    tensors: Sequence[Tensor]
+    axis: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a scheme needs and allows; checked when a session starts, printed by `Session.summary`."""
+
+    protects: str
+    min_workers: int = 1
+    distinct_operators: bool = False
+    updates: tuple[str, ...] = ("trusted",)
+    optimizers: tuple[str, ...] = ("any",)
+    min_rows: int = 1
+    min_features: int = 1
+    warnings: tuple[str, ...] = field(default=())
+
+
+class EncodedGradient(ABC):
+    """The output gradient under masks, and what undoes the masks of ``dX`` and ``dW``."""
+
+    operands: list[Operand]
+
+    @abstractmethod
+    def decode_input_gradient(self, replies: dict[int, Tensor]) -> Tensor:
+        """``dX`` from the workers' ``dx``, keyed by worker."""
+
+    @abstractmethod
+    def decode_weight_gradient(self, replies: dict[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """``dW`` from the workers' ``dw``, in pieces of ``sizes`` output features."""
+
+
+class EncodedInput(ABC):
+    """The input under masks, and what undoes the masks of the output."""
+
+    operands: list[Operand]
+
+    @abstractmethod
+    def decode_output(self, replies: dict[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """``Y`` from the workers' ``y``, keyed by worker, in pieces of ``sizes`` output features."""
+
+    @abstractmethod
+    def encode_gradient(self, g: Tensor, key: Key, empty: Empty) -> EncodedGradient:
+        """Mask ``G`` for the workers that hold this input."""
+
+
+class EncodedWeight(ABC):
+    """A weight under masks."""
+
+    operands: list[Operand]
+
+    @abstractmethod
+    def encode_input(self, x: Tensor, key: Key, targets: Sequence[Target], empty: Empty) -> EncodedInput:
+        """Mask ``X`` for ``targets``, all of which hold this weight. ``key`` is fresh for every call."""
+
+
+class Scheme(ABC):
+    """A way to hide operands from workers. One file and one registry line each."""
+
+    name: ClassVar[str]
+    traits: ClassVar[Traits]
+
+    @abstractmethod
+    def encode_weight(
+        self, problem: Problem, w: Tensor, key: Key, targets: Sequence[Target], empty: Empty
+    ) -> EncodedWeight:
+        """Mask ``W`` for ``targets``. ``key`` is fresh whenever the weight changed or its mask expired."""

@@ -1,0 +1,173 @@
+"""The messages of the protocol: a fixed schema, decoded strictly, nothing executable.
+
+A message is a small msgpack header (below) followed by raw tensor bytes; `frame` puts the two on a stream. Layers,
+weights and operands are opaque numbers chosen by the trusted side. A worker learns shapes, numbers and which product
+to compute, and nothing else. See ``docs/wire.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+PROTOCOL = 1
+"""Version of everything in this file; a hello with another one is refused."""
+
+DType = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"]
+Number = Annotated[int, Meta(ge=0, lt=1 << 63)]
+Size = Annotated[int, Meta(ge=0, le=1 << 40)]
+Shape = Annotated[tuple[Size, ...], Meta(max_length=6)]
+Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,15}$")]
+Text = Annotated[str, Meta(max_length=1024)]
+Small = Annotated[int, Meta(ge=0, le=1 << 16)]
+Geometry = Annotated[tuple[Small, ...], Meta(max_length=3)]
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Immutable and strict."""
+
+
+class TensorRef(_Struct, frozen=True):
+    """One tensor of a message: what it is, and where its bytes are.
+
+    ``segment`` -1 means inline: the bytes follow the header, in the order of the references. Otherwise they lie in
+    that shared-memory segment at ``offset``.
+    """
+
+    name: Name
+    dtype: DType
+    shape: Shape
+    segment: Annotated[int, Meta(ge=-1, lt=1 << 20)] = -1
+    offset: Size = 0
+
+
+# --- products -----------------------------------------------------------------------------------------------------
+
+
+class Linear(_Struct, frozen=True, tag="linear"):
+    """``Y = X Wᵀ``: x is T×d, w is m×d (PyTorch's layout), y is T×m."""
+
+
+class Conv(_Struct, frozen=True, tag="conv"):
+    """A convolution over one to three spatial axes, without bias; x is N×C×…, w is O×(C/groups)×…."""
+
+    stride: Geometry
+    padding: Geometry
+    dilation: Geometry
+    groups: Annotated[int, Meta(ge=1, le=1 << 16)]
+
+
+Product = Linear | Conv
+
+
+# --- from the trusted side ----------------------------------------------------------------------------------------
+
+
+class Hello(_Struct, frozen=True, tag="hello"):
+    """First message of a connection. ``session`` is a random public name, used for transcripts only."""
+
+    protocol: Number
+    version: Text
+    session: Annotated[str, Meta(pattern=r"^[0-9a-f]{16}$")]
+    capabilities: Annotated[tuple[Name, ...], Meta(max_length=32)] = ()
+
+
+class Segment(_Struct, frozen=True, tag="segment"):
+    """Announces a shared-memory segment whose descriptor travels with this message. Unix sockets only. No answer."""
+
+    segment: Annotated[int, Meta(ge=0, lt=1 << 20)]
+    size: Size
+
+
+class Store(_Struct, frozen=True, tag="store"):
+    """Keep tensor ``w`` under the number ``weight``. Answered by an empty `Result`."""
+
+    id: Number
+    step: Number
+    layer: Number
+    weight: Number
+    tensors: tuple[TensorRef, ...]
+
+
+class Forward(_Struct, frozen=True, tag="forward"):
+    """Multiply ``x`` by a stored weight, answer ``y``; keep ``x`` as ``operand`` unless that is 0."""
+
+    id: Number
+    step: Number
+    layer: Number
+    weight: Number
+    operand: Number
+    product: Product
+    tensors: tuple[TensorRef, ...]
+    wants: tuple[TensorRef, ...]
+
+
+class Backward(_Struct, frozen=True, tag="backward"):
+    """From ``g``, answer ``dx`` (with the stored weight) and/or ``dw`` (with the kept operand), as wanted, in order."""
+
+    id: Number
+    step: Number
+    layer: Number
+    weight: Number
+    operand: Number
+    product: Product
+    tensors: tuple[TensorRef, ...]
+    wants: tuple[TensorRef, ...]
+
+
+class Forget(_Struct, frozen=True, tag="forget"):
+    """Drop weights and operands; unknown numbers are ignored. No answer."""
+
+    weights: tuple[Number, ...] = ()
+    operands: tuple[Number, ...] = ()
+
+
+class Probe(_Struct, frozen=True, tag="probe"):
+    """Measure: return the wanted tensors (any content), having multiplied two ``size``×``size`` float32 matrices."""
+
+    id: Number
+    size: Annotated[int, Meta(ge=0, le=16384)]
+    tensors: tuple[TensorRef, ...]
+    wants: tuple[TensorRef, ...]
+
+
+# --- from the worker ----------------------------------------------------------------------------------------------
+
+
+class Welcome(_Struct, frozen=True, tag="welcome"):
+    """Answer to `Hello`."""
+
+    protocol: Number
+    version: Text
+    device: Text
+    memory_limit: Size
+    capabilities: Annotated[tuple[Name, ...], Meta(max_length=32)] = ()
+
+
+class Result(_Struct, frozen=True, tag="result"):
+    """One answer to request ``id``: a tensor that was wanted, or none to acknowledge a `Store`.
+
+    ``nanoseconds`` is the worker's own account of its compute time; information, never trusted.
+    """
+
+    id: Number
+    nanoseconds: Number
+    tensors: tuple[TensorRef, ...]
+
+
+FailureCode = Literal["refused", "out-of-memory", "unknown-number", "bad-request", "failed"]
+
+
+class Failure(_Struct, frozen=True, tag="failure"):
+    """Request ``id`` could not be served (or the hello was refused: id 0); the connection stays open otherwise."""
+
+    id: Number
+    code: FailureCode
+    message: Text
+
+
+Request = Store | Forward | Backward | Probe
+ToWorker = Hello | Segment | Store | Forward | Backward | Forget | Probe
+ToTrusted = Welcome | Result | Failure
