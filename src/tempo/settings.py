@@ -1,0 +1,82 @@
+"""The one settings schema, shared by `tempo.connect`, the recipe's ``[session]`` table and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from tempo.errors import SettingsError, nearest
+
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How a session protects, places and sends."""
+
+    scheme: str = "tempo"
+    """Name of the masking scheme; `tempo.schemes.names()` lists them."""
+
+    placement: Literal["auto", "all"] = "auto"
+    """``auto`` offloads what pays; ``all`` offloads everything that can be, for tests, audits and comparisons."""
+
+    trusted: tuple[str, ...] = ()
+    """Modules to keep in the trusted process, as shell patterns of their names (``vit.embeddings.*``)."""
+
+    wire_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What masked tensors travel as; ``auto`` follows the layer's compute dtype (float16 travels as float32)."""
+
+    rekey_rows: Annotated[int, Meta(ge=1)] = 1 << 17
+    """A weight's masks expire after serving this many rows, evaluation included."""
+
+    local_workers: Annotated[int, Meta(ge=1, le=64)] = 1
+    """How many workers to start on this machine when no address is given."""
+
+    local_device: str = "cpu"
+    """Device of local workers: ``cpu``, ``cuda`` or ``cuda:N``."""
+
+    local_threads: Annotated[int, Meta(ge=0, le=1024)] = 0
+    """CPU threads of each local worker; 0 divides the cores among them."""
+
+    transcript: str = ""
+    """Folder where local workers record everything they receive or return."""
+
+    identity: str = ""
+    """Private key file for TLS; empty: ``identity.key`` in Tempo's configuration folder."""
+
+    peers: str = ""
+    """File or folder of trusted workers' certificates; empty: ``peers`` in Tempo's configuration folder."""
+
+    connect_timeout: Seconds = 10.0
+    """Seconds to wait for a worker to be reachable."""
+
+    request_timeout: Seconds = 600.0
+    """Seconds to wait for one answer before the worker counts as lost."""
+
+    insecure_no_tls: bool = False
+    """Speak to remote workers in clear: masks still hold, authenticity does not."""
+
+    insecure_record_truth: str = ""
+    """Folder for the plain operands and masks behind every message, to score audits."""
+
+
+def parse(values: Mapping[str, Any], where: str = "connect()") -> Settings:
+    """Validate ``values`` into `Settings`.
+
+    Args:
+        values: Field names to values; dashes count as underscores.
+        where: Where the values come from, for the error.
+
+    Raises:
+        SettingsError: A field is unknown (the nearest valid one is named) or its value does not fit.
+    """
+    fields = {name.replace("-", "_"): value for name, value in values.items()}
+    for name in fields:
+        if name not in Settings.__struct_fields__:
+            raise SettingsError(f"{where}: unknown setting {name!r}; {nearest(name, Settings.__struct_fields__)}")
+    try:
+        return msgspec.convert(fields, Settings)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{where}: {error}") from None
