@@ -1,4 +1,4 @@
-"""Strict tables: TOML to typed structs, where every mistake is named with its file, its table and the nearest valid key."""
+"""Strict tables: TOML to typed structs; every mistake is named with its file, table and the nearest valid key."""
 
 from __future__ import annotations
 
