@@ -14,6 +14,10 @@ class TempoError(Exception):
     """Base of every error that Tempo raises on purpose."""
 
 
+class ProtectionWarning(UserWarning):
+    """What was asked works, but is known not to protect something. Names the scheme and what breaks it."""
+
+
 class SettingsError(TempoError, ValueError):
     """A setting, flag or recipe field is unknown, of the wrong type or out of range."""
 

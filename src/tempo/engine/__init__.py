@@ -1,0 +1,1 @@
+"""Turns layer calls into requests to workers: placement, products, links, autograd."""

@@ -6,7 +6,7 @@ and each link holds the secrets that its own decoding needs::
 
     Scheme.encode_weight(W)          -> EncodedWeight     stored by the workers until it expires
     EncodedWeight.encode_input(X)    -> EncodedInput      forward;  decode_output(replies)  -> Y
-    EncodedInput.encode_gradient(G)  -> EncodedGradient   backward; decode_input_gradient -> dX, decode_weight_gradient -> dW
+    EncodedInput.encode_gradient(G)  -> EncodedGradient   backward; decode_{input,weight}_gradient(replies) -> dX, dW
 
 Every encoding yields *addressed* operands: which worker gets which tensor, each with its own dtype. So a scheme may
 divide rows among workers, send each another share, or add columns and correct for them on the way back.
@@ -16,7 +16,7 @@ Schemes are pure tensor mathematics: no input or output, no randomness but the k
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -41,11 +41,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """Tensors addressed to one worker (``x``, ``w`` or ``g``, plus whatever a scheme adds)."""
+    """Tensors addressed to one worker (``x``, ``w`` or ``g``, plus whatever a scheme adds) for a part of the rows."""
 
     worker: int
     tensors: dict[str, Tensor]
-    rows: int = 0
+    rows: slice = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +62,6 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Pieces:
-    """A tensor given or wanted in consecutive pieces along one axis: the members of a fused product."""
-
-    tensors: Sequence[Tensor]
-    axis: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Traits:
     """What a scheme needs and allows; checked when a session starts, printed by `Session.summary`."""
 
@@ -80,7 +72,8 @@ class Traits:
     optimizers: tuple[str, ...] = ("any",)
     min_rows: int = 1
     min_features: int = 1
-    warnings: tuple[str, ...] = field(default=())
+    known_breaks: Mapping[str, str] = field(default_factory=dict)
+    """What is known to undo the scheme, by what makes it apply: ``always``, ``relu``, ``public-base``."""
 
 
 class EncodedGradient(ABC):
@@ -103,12 +96,20 @@ class EncodedInput(ABC):
     operands: list[Operand]
 
     @abstractmethod
+    def secrets(self, worker: int) -> dict[str, Tensor]:
+        """The masks around what ``worker`` got, by name; only for the insecure truth recording that scores audits."""
+
+    @abstractmethod
     def decode_output(self, replies: dict[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
         """``Y`` from the workers' ``y``, keyed by worker, in pieces of ``sizes`` output features."""
 
     @abstractmethod
     def encode_gradient(self, g: Tensor, key: Key, empty: Empty) -> EncodedGradient:
-        """Mask ``G`` for the workers that hold this input."""
+        """Mask ``G`` for the workers that hold this input.
+
+        Raises:
+            UnsafeError: A gradient was already encoded with this input: another one would meet the same masks.
+        """
 
 
 class EncodedWeight(ABC):

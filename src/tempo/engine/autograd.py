@@ -1,0 +1,143 @@
+"""Offloaded products as PyTorch's autograd sees them.
+
+Two nodes per product. `_Offload` computes ``Y`` and, going back, sends ``G`` and returns ``dX`` as soon as it is there.
+`_WeightGate` sits between the weight and `_Offload`; it awaits ``dW``, which nobody needs before the optimizer. The
+engine runs ready nodes in descending order of their sequence numbers, so a gate numbered 0 runs after everything
+else, and workers compute ``dW`` while the backward pass goes on. Since ``dW`` still travels through autograd, hooks,
+`torch.autograd.grad`, DDP, tied and re-parametrised weights see nothing unusual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tempo.engine.product import Call, Product
+
+
+class _Pending:
+    """A weight gradient on its way: filled by `_Offload`, awaited by `_WeightGate`."""
+
+    def __init__(self) -> None:
+        self.await_gradient: Callable[[], Tensor] | None = None
+
+
+class _WeightGate(torch.autograd.Function):
+    """From a weight to an empty token whose gradient, when asked for, is ``dW``."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, pending: _Pending) -> Tensor:
+        ctx.pending = pending
+        ctx.dtype = weight.dtype
+        return weight.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _token_gradient: Tensor) -> tuple[Tensor | None, None]:
+        awaited, ctx.pending.await_gradient = ctx.pending.await_gradient, None
+        return None if awaited is None else awaited().to(ctx.dtype), None
+
+
+class _Offload(torch.autograd.Function):
+    """``Y_k = X W_kᵀ + b_k`` for every member ``k`` of a product, on workers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        product: Product,
+        weights: Sequence[Tensor],
+        pending: Sequence[_Pending | None],
+        x: Tensor,
+        *tokens_and_biases: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        members = len(weights)
+        biases = tokens_and_biases[members:]
+        with torch.autocast(x.device.type, enabled=False):
+            sources = [w.detach() for w in weights]
+            outputs, call = product.call(
+                x, [w.to(x.dtype) for w in sources], sources, keep=any(p is not None for p in pending)
+            )
+            for y, bias in zip(outputs, biases, strict=True):
+                if bias is not None:
+                    y += bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
+        ctx.save_for_backward(x, *weights)
+        ctx.product, ctx.call, ctx.pending = product, call, pending
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        members = len(gradients)
+        needs_x, *needs = ctx.needs_input_grad[3:]
+        needs_w, needs_b = needs[:members], needs[members:]
+        dx = None
+        if needs_x or any(needs_w):
+            g = gradients[0] if members == 1 else torch.cat(gradients, 1)
+            dx, weight_gradients = _fresh_call(ctx).backward(g, want_dx=needs_x, want_dw=any(needs_w))
+            if weight_gradients is not None:
+                _hand_over(weight_gradients, ctx.pending)
+        tokens = [g.new_zeros(0) if need else None for g, need in zip(gradients, needs_w, strict=True)]
+        biases = [
+            g.sum([0, *range(2, g.dim())]).to(dtype) if need else None
+            for g, need, dtype in zip(gradients, needs_b, ctx.bias_dtypes, strict=True)
+        ]
+        return None, None, None, dx, *tokens, *biases
+
+
+def _fresh_call(ctx: Any) -> Call:
+    """The forward call, or a repetition under fresh masks where a gradient has already been through it."""
+    call: Call = ctx.call
+    if call.differentiated:
+        x, *weights = ctx.saved_tensors
+        sources = [w.detach() for w in weights]
+        call = ctx.product.repeat(x.detach(), [w.to(x.dtype) for w in sources], sources)
+    return call
+
+
+def _hand_over(weight_gradients: Callable[[], list[Tensor]], pending: Sequence[_Pending | None]) -> None:
+    """Give each member's gate its part of one answer, which the first gate to run awaits for all."""
+    parts: list[Tensor] = []
+
+    def part(index: int) -> Tensor:
+        if not parts:
+            parts.extend(weight_gradients())
+        return parts[index]
+
+    for index, gate in enumerate(pending):
+        if gate is not None:
+            gate.await_gradient = lambda index=index: part(index)  # type: ignore[misc]
+
+
+def offload(
+    product: Product, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Compute a product on workers, differentiably.
+
+    Args:
+        product: What to compute.
+        x: Rows first, features second, in the compute dtype.
+        weights: The members' weights, output features first, in their own dtype.
+        biases: One per member, or None.
+
+    Returns:
+        One output per member, in ``x``'s dtype.
+    """
+    tokens: list[Tensor | None] = []
+    pending: list[_Pending | None] = []
+    for weight in weights:
+        if torch.is_grad_enabled() and weight.requires_grad:
+            gate = _Pending()
+            token = _WeightGate.apply(weight, gate)
+            token.grad_fn._set_sequence_nr(0)
+            pending.append(gate)
+            tokens.append(token)
+        else:
+            pending.append(None)
+            tokens.append(None)
+    outputs: tuple[Tensor, ...] = _Offload.apply(product, weights, pending, x, *tokens, *biases)
+    return outputs

@@ -1,0 +1,101 @@
+"""Requests for one product in flight at several workers at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tempo.errors import WorkerError, WorkerLostError
+from tempo.schemes.base import Operand
+from tempo.wire.messages import Backward, Forward, Store
+
+if TYPE_CHECKING:
+    from tempo.engine.engine import Engine
+
+Wants = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """Where and when a request went, as the worker's transcript will name it."""
+
+    worker: int
+    step: int
+    sequence: int
+    layer: int
+
+
+class Batch:
+    """One request to each worker that takes part in a product, and their answers."""
+
+    def __init__(self, engine: Engine, name: str, layer: int) -> None:
+        self.engine = engine
+        self.name = name
+        self.layer = layer
+        self.posted: dict[int, Posted] = {}
+        self._futures: dict[str, dict[int, Future[Tensor]]] = {}
+
+    def post(self, operand: Operand, message: type[Store | Forward | Backward], wants: Wants, **fields: Any) -> None:
+        """Send ``message`` with the tensors of ``operand`` to its worker, asking for ``wants``."""
+        engine, worker = self.engine, operand.worker
+        link, start = engine.links[worker], time.perf_counter()
+        with self._named(worker):
+            if wants:
+                fields["wants"] = ()
+            request = message(id=0, step=engine.step, layer=self.layer, tensors=(), **fields)
+            futures = link.request(request, operand.tensors, wants)
+        engine.stats.seconds["wire"] += time.perf_counter() - start
+        self.posted[worker] = Posted(worker, engine.step, link.last_id, self.layer)
+        for name, future in futures.items():
+            self._futures.setdefault(name, {})[worker] = future
+
+    def acknowledged(self) -> None:
+        """Await the workers' acknowledgements of what needs no other answer."""
+        for worker, future in self._futures.pop("", {}).items():
+            with self._named(worker):
+                future.result(timeout=self.engine.settings.request_timeout)
+
+    @contextmanager
+    def replies(self, name: str) -> Iterator[dict[int, Tensor]]:
+        """The workers' answers called ``name``, to be decoded inside the context; their buffers are reused after it.
+
+        Raises:
+            WorkerError: A worker failed or did not answer in time; names the layer and the worker.
+        """
+        engine, futures = self.engine, self._futures.pop(name)
+        start = time.perf_counter()
+        before = {worker: engine.links[worker].worker_nanoseconds for worker in futures}
+        replies = {}
+        for worker, future in futures.items():
+            with self._named(worker):
+                replies[worker] = future.result(timeout=engine.settings.request_timeout)
+        waited = time.perf_counter() - start
+        computing = max(engine.links[worker].worker_nanoseconds - before[worker] for worker in futures) / 1e9
+        engine.stats.seconds["worker"] += min(waited, computing)
+        engine.stats.seconds["wire"] += max(0.0, waited - computing)
+        with engine.stats.timed("mask"):
+            yield replies
+        engine.stats.decryptions[name] += 1
+        for worker, tensor in replies.items():
+            engine.links[worker].release(tensor)
+
+    @contextmanager
+    def _named(self, worker: int) -> Iterator[None]:
+        """Add the layer's name to whatever goes wrong at a worker."""
+        try:
+            yield
+        except FutureTimeoutError:
+            raise WorkerLostError(
+                f"layer {self.name!r}: worker {self.engine.links[worker].address} did not answer within "
+                f"{self.engine.settings.request_timeout:g} s (setting request_timeout)"
+            ) from None
+        except WorkerError as error:
+            raise type(error)(f"layer {self.name!r}: {error}") from error

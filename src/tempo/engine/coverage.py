@@ -1,0 +1,73 @@
+"""The audit of placement: every matrix product that the trusted process computed itself, with its FLOPs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torch.utils.module_tracker import ModuleTracker
+
+from tempo.rendering import plain_text
+
+
+class TrustedProducts(TorchDispatchMode):
+    """A context that records products as PyTorch dispatches them; workers' products never get that far.
+
+    Printing it gives a table by module and operation. Backward passes are attributed to the module whose forward
+    they belong to.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._tracker = ModuleTracker()
+        self._root = type(model).__name__
+        self.flops: Counter[tuple[str, str]] = Counter()
+        """FLOPs by (module name, operation)."""
+
+    @property
+    def total(self) -> int:
+        """All FLOPs recorded."""
+        return sum(self.flops.values())
+
+    def __enter__(self) -> Self:
+        self._tracker.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._tracker.__exit__(kind, error, trace)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run ``func`` and count it if it multiplies matrices."""
+        result = func(*args, **(kwargs or {}))
+        count: Callable[..., int] | None = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            parents = self._tracker.parents - {"Global"}
+            module = max(parents, key=lambda name: name.count("."), default=self._root)
+            module = module.removeprefix(f"{self._root}.")
+            flops = count(*args, **(kwargs or {}), out_val=result)
+            self.flops[module, str(func.overloadpacket).removeprefix("aten.")] += int(flops)
+        return result
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("module", "operation", title="matrix products in the trusted process")
+        table.add_column("MFLOPs", justify="right")
+        for (module, operation), flops in self.flops.most_common():
+            table.add_row(module, operation, f"{flops / 1e6:,.3f}")
+        table.add_row("total", "", f"{self.total / 1e6:,.3f}", style="bold")
+        yield table
+
+    def __str__(self) -> str:
+        return plain_text(self)

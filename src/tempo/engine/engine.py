@@ -1,0 +1,138 @@
+"""The trusted side's engine: links to workers, keys, counts, and the bookkeeping that all products share."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tempo.engine.batch import Batch
+from tempo.engine.link import Link
+from tempo.engine.placement import Planner
+from tempo.engine.sharing import InputSharing
+from tempo.engine.stats import Stats
+from tempo.engine.truth import TruthRecorder
+from tempo.errors import SchemeError, SessionClosedError
+from tempo.keys import KeySchedule
+from tempo.schemes.base import Scheme, Target
+from tempo.settings import Settings
+
+if TYPE_CHECKING:
+    from tempo.engine.product import Product
+
+SMALL_FLOPS = 1 << 27
+"""Products below this go whole to one worker: dividing them would cost more round trips than it saves."""
+
+
+class Engine:
+    """What the products of one session share.
+
+    Args:
+        settings: The session's settings.
+        scheme: The masking scheme.
+        links: One per worker; their order is the workers' numbering.
+        truth: Records plain operands, if the user asked for that insecure thing.
+    """
+
+    def __init__(
+        self, settings: Settings, scheme: Scheme, links: Sequence[Link], truth: TruthRecorder | None = None
+    ) -> None:
+        traits = scheme.traits
+        operators = {link.address.operator for link in links}
+        if len(links) < traits.min_workers:
+            raise SchemeError(f"scheme {scheme.name!r} needs {traits.min_workers} workers; {len(links)} given")
+        if traits.distinct_operators and len(operators) < len(links):
+            raise SchemeError(f"scheme {scheme.name!r} needs workers of distinct operators (host:port@operator)")
+        self.settings = settings
+        self.scheme = scheme
+        self.links = list(links)
+        self.keys = KeySchedule()
+        self.stats = Stats()
+        self.planner = Planner(settings.placement, self.links)
+        self.sharing = InputSharing()
+        self.step = 0
+        self.truth = truth
+        self._numbers = itertools.count(1)
+        self._backward_since_step = False
+        self._warned: set[str] = set()
+        self._open = True
+
+    # --- numbers and time ---------------------------------------------------------------------------------------
+
+    def new_number(self) -> int:
+        """A fresh opaque number, for a layer, a stored weight or a kept operand."""
+        return next(self._numbers)
+
+    def weights_changed(self) -> None:
+        """Note that a weight is being masked anew: after a backward pass, that begins the next step."""
+        if self._backward_since_step:
+            self._backward_since_step = False
+            self.step += 1
+
+    def backward_seen(self) -> None:
+        """Note that a gradient was sent."""
+        self._backward_since_step = True
+
+    # --- workers ------------------------------------------------------------------------------------------------
+
+    def targets(self, number: int, rows: int, flops: int) -> list[Target]:
+        """Which workers take part in a product, and with which share of its rows."""
+        self.check_open()
+        shares = self.planner.shares
+        everyone = [Target(i, link.address.operator, shares[i]) for i, link in enumerate(self.links)]
+        if flops < SMALL_FLOPS or rows < len(everyone):
+            return [everyone[number % len(everyone)]]
+        return everyone
+
+    def empty(self, worker: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A send buffer of that worker's link."""
+        return self.links[worker].empty(shape, dtype)
+
+    def batch(self, product: Product) -> Batch:
+        """A batch of requests for one product, one to each worker that takes part."""
+        return Batch(self, product.name, product.number)
+
+    def forget(self, workers: Sequence[int], weight: int, operand: int) -> None:
+        """Let workers drop what is garbage here. Safe in finalizers: nothing is sent before the next request."""
+        for worker in workers:
+            self.links[worker].forget(weights=(weight,) if weight else (), operands=(operand,) if operand else ())
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def check_open(self) -> None:
+        """Raise `SessionClosedError` once the session is closed."""
+        if not self._open:
+            raise SessionClosedError(
+                "this session is closed; call session.unprotect(model) to run the model in the trusted process, "
+                "or protect it under a new session"
+            )
+
+    def warn_once(self, text: str, category: type[Warning] = RuntimeWarning) -> None:
+        """Warn the user, once per session and text."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, category, stacklevel=4)
+
+    def warn_if_not_finite(self, name: str, g: Tensor) -> None:
+        """Warn about a gradient with NaN or infinity. It is passed on, since loss scalers rely on seeing it."""
+        if not torch.isfinite(g.sum(dtype=torch.float32)) and not bool(torch.isfinite(g).all()):
+            self.warn_once(
+                f"layer {name!r}: its output gradient holds NaN or infinity; passed on as plain PyTorch does"
+            )
+
+    def snapshot(self) -> Stats:
+        """The counts so far, with the links' byte counts."""
+        stats = self.stats.copy()
+        stats.bytes_sent = sum(link.bytes_sent for link in self.links)
+        stats.bytes_received = sum(link.bytes_received for link in self.links)
+        return stats
+
+    def close(self) -> None:
+        """Close all links. Idempotent."""
+        self._open = False
+        for link in self.links:
+            link.close()

@@ -1,0 +1,94 @@
+"""The planner: which products go out, and how their rows are divided among workers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from statistics import median
+
+import torch
+
+from tempo.engine.dtypes import WIRE_DTYPES
+from tempo.engine.link import Link
+
+MASK_SECONDS_PER_ELEMENT = 1.5e-9
+"""Masking or unmasking one element in pure torch on one core, measured on Zen 4 (see benchmarks/)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Whether a call goes out, and why."""
+
+    offload: bool
+    reason: str
+
+
+OFFLOADED = Decision(True, "offloaded")
+
+
+class Planner:
+    """Decides by cost on the trusted side: the matrix FLOPs saved against masking, copying and waiting for the wire.
+
+    Args:
+        placement: ``all`` sends everything that can be sent; ``auto`` what pays.
+        links: The session's workers.
+
+    The workers' own compute time is left out: a worker stands for a GPU, and a local CPU worker for trying things out.
+    """
+
+    def __init__(self, placement: str, links: Sequence[Link]) -> None:
+        self.placement = placement
+        self.measurements = [link.measure() for link in links]
+        total = sum(m.flops_per_s for m in self.measurements)
+        self.shares = [m.flops_per_s / total for m in self.measurements]
+        self.trusted_flops_per_s = measure_trusted_flops() if placement == "auto" else 1.0
+        self._decisions: dict[tuple[object, ...], Decision] = {}
+
+    def decide(self, x: Sequence[int], w: Sequence[int], flops: int, dtype: torch.dtype, training: bool) -> Decision:
+        """Place one call.
+
+        Args:
+            x: Shape of the input.
+            w: Shape of the weight, output features first.
+            flops: Of one pass.
+            dtype: Compute dtype.
+            training: Whether gradients will follow.
+        """
+        if self.placement == "all":
+            return OFFLOADED
+        key = (tuple(x), tuple(w), flops, dtype, training)
+        if key not in self._decisions:
+            self._decisions[key] = self._weigh(x, w, flops, dtype, training)
+        return self._decisions[key]
+
+    def _weigh(self, x: Sequence[int], w: Sequence[int], flops: int, dtype: torch.dtype, training: bool) -> Decision:
+        inputs = prod(x)
+        outputs = flops // (2 * (prod(w) // w[0]))  # every output element takes two operations per weight in its row
+        weights = prod(w) if training else 0  # an unchanged weight is masked once
+        up, down = inputs + weights, outputs
+        if training:
+            up, down = up + outputs, down + inputs + weights
+        size = WIRE_DTYPES.get(dtype, dtype).itemsize
+        upload = sum(m.upload_bytes_per_s for m in self.measurements)
+        download = sum(m.download_bytes_per_s for m in self.measurements)
+        latency = max(m.latency_s for m in self.measurements) * (2 if training else 1)
+        cost = (up + down) * MASK_SECONDS_PER_ELEMENT + size * (up / upload + down / download) + latency
+        saved = flops * (3 if training else 1) / self.trusted_flops_per_s
+        if saved > cost:
+            return OFFLOADED
+        return Decision(
+            False, f"too few FLOPs for its bytes: {saved * 1e3:.2f} ms here, {cost * 1e3:.2f} ms to mask and send"
+        )
+
+
+def measure_trusted_flops(size: int = 384, repeats: int = 5) -> float:
+    """Float32 matrix FLOPs per second of this process with its current threads, in about 10 ms."""
+    a = torch.ones(size, size)
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / median(times[1:])

@@ -1,0 +1,247 @@
+"""One offloaded product: a weight (or several that share their input) kept masked on workers, and calls on it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tempo.engine.dtypes import WIRE_DTYPES
+from tempo.engine.geometry import flops, output_shape
+from tempo.errors import NonFiniteError
+from tempo.schemes.base import EncodedInput, EncodedWeight, Problem, Target
+from tempo.wire.messages import Backward, Forward, Store
+from tempo.wire.messages import Product as ProductKind
+
+if TYPE_CHECKING:
+    from tempo.engine.batch import Batch
+    from tempo.engine.engine import Engine
+
+
+class StoredWeight:
+    """A masked weight on workers, until it is garbage."""
+
+    def __init__(self, product: Product, encoded: EncodedWeight, targets: Sequence[Target]) -> None:
+        engine = product.engine
+        self.encoded = encoded
+        self.workers = [target.worker for target in targets]
+        self.number = engine.new_number()
+        self.rows_served = 0
+        self._batch: Batch | None = engine.batch(product)
+        weakref.finalize(self, engine.forget, self.workers, self.number, 0)
+        for operand in encoded.operands:
+            self._batch.post(operand, Store, {}, weight=self.number)
+        self.posted = list(self._batch.posted.values())
+
+    def confirm(self) -> None:
+        """Raise what kept a worker from storing the weight, before its consequences are met."""
+        if self._batch is not None:
+            self._batch.acknowledged()
+            self._batch = None
+
+
+class Product:
+    """A product as the trusted side keeps it across calls.
+
+    Args:
+        engine: The session's engine.
+        name: Name of the layer (or layers) for messages to the user; never sent.
+        kind: What workers compute.
+    """
+
+    def __init__(self, engine: Engine, name: str, kind: ProductKind) -> None:
+        self.engine = engine
+        self.name = name
+        self.kind = kind
+        self.number = engine.new_number()
+        self._stored: StoredWeight | None = None
+        self._fingerprint: list[Fingerprint] = []
+
+    def problem(self, dtype: torch.dtype) -> Problem:
+        """This product, for the scheme, computed in ``dtype``."""
+        setting = self.engine.settings.wire_dtype
+        return Problem(self.kind, WIRE_DTYPES[dtype] if setting == "auto" else getattr(torch, setting))
+
+    def call(
+        self, x: Tensor, weights: Sequence[Tensor], sources: Sequence[Tensor], *, keep: bool
+    ) -> tuple[list[Tensor], Call]:
+        """Compute ``Y`` on workers.
+
+        Args:
+            x: Input, rows first, features second.
+            weights: Weights of the members, each output features first; all of ``x``'s dtype.
+            sources: The same before any conversion of dtype, to see whether they changed.
+            keep: Whether a weight gradient may be wanted: workers then keep the masked input.
+
+        Returns:
+            One output per weight, and the call to send gradients through.
+
+        Raises:
+            NonFiniteError: ``x`` or a weight holds NaN or infinity.
+            WorkerError: A worker failed.
+        """
+        engine = self.engine
+        engine.keys.check_process()
+        shape_w = (sum(len(w) for w in weights), *weights[0].shape[1:])
+        targets = engine.targets(self.number, x.shape[0], flops(self.kind, tuple(x.shape), shape_w))
+        stored = self._store(weights, sources, targets)
+        with engine.stats.timed("mask"):
+            self._check_finite(x, "input")
+            encoded = stored.encoded.encode_input(x, engine.keys.fresh(self.number, "x"), targets, engine.empty)
+        engine.stats.encryptions["x"] += 1
+        stored.rows_served += x.shape[0]
+        call = Call(self, stored, encoded, weights, keep)
+        return call.forward(x), call
+
+    def repeat(self, x: Tensor, weights: Sequence[Tensor], sources: Sequence[Tensor]) -> Call:
+        """The same call under fresh masks, for another gradient."""
+        self._stored = None
+        return self.call(x, weights, sources, keep=True)[1]
+
+    def _store(self, weights: Sequence[Tensor], sources: Sequence[Tensor], targets: Sequence[Target]) -> StoredWeight:
+        """The weight on the workers: the one that is there while it holds, else freshly masked."""
+        engine, stored = self.engine, self._stored
+        fingerprint = [Fingerprint(w) for w in sources]
+        if (
+            stored is not None
+            and fingerprint == self._fingerprint
+            and stored.rows_served < engine.settings.rekey_rows
+            and {target.worker for target in targets} <= set(stored.workers)
+        ):
+            return stored
+        self._stored = None  # lets go of the old masks even if what follows fails
+        with engine.stats.timed("mask"):
+            w = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+            self._check_finite(w, "weight")
+            encoded = engine.scheme.encode_weight(
+                self.problem(w.dtype), w, engine.keys.fresh(self.number, "w"), targets, engine.empty
+            )
+        engine.stats.encryptions["w"] += 1
+        engine.weights_changed()
+        stored = StoredWeight(self, encoded, targets)
+        if engine.truth is not None:
+            for posted in stored.posted:
+                engine.truth.record(posted, "store", {"w": w})
+        self._stored, self._fingerprint = stored, fingerprint
+        return stored
+
+    def _check_finite(self, tensor: Tensor, what: str) -> None:
+        # The sum is a pass over memory that masking is about to read anyway; only a suspicious one is looked into.
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise NonFiniteError(
+                f"layer {self.name!r}: its {what} of shape {tuple(tensor.shape)} has {count} NaN or infinite elements; "
+                "nothing was sent. Look at the layers before it, the learning rate and the loss scale"
+            )
+
+
+class Call:
+    """One forward call, and the backward pass through it."""
+
+    def __init__(
+        self, product: Product, stored: StoredWeight, encoded: EncodedInput, weights: Sequence[Tensor], keep: bool
+    ) -> None:
+        self.product = product
+        self.stored = stored
+        self.encoded = encoded
+        self.sizes = [len(w) for w in weights]
+        self.shape_w = (sum(self.sizes), *weights[0].shape[1:])
+        self.shapes_x = {o.worker: tuple(o.tensors["x"].shape) for o in encoded.operands}
+        self.operand = 0
+        self.differentiated = False
+        if keep:
+            self.operand = product.engine.new_number()
+            weakref.finalize(self, product.engine.forget, list(self.shapes_x), 0, self.operand)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Send ``x~``, await ``y~``, unmask. ``x`` is only for the record of the truth, if there is one."""
+        engine, kind = self.product.engine, self.product.kind
+        batch = engine.batch(self.product)
+        for operand in self.encoded.operands:
+            shape_x = self.shapes_x[operand.worker]
+            wants = {"y": (output_shape(kind, shape_x, self.shape_w), operand.tensors["x"].dtype)}
+            batch.post(operand, Forward, wants, weight=self.stored.number, operand=self.operand, product=kind)
+            engine.stats.flops_offloaded += flops(kind, shape_x, self.shape_w)
+        self.stored.confirm()
+        with batch.replies("y") as replies:
+            outputs = self.encoded.decode_output(replies, self.sizes)
+        if engine.truth is not None:
+            for operand in self.encoded.operands:
+                plain = {"x": x[operand.rows], "y": torch.cat(outputs, 1)[operand.rows]}
+                plain |= self.encoded.secrets(operand.worker)
+                engine.truth.record(batch.posted[operand.worker], "forward", plain)
+        return outputs
+
+    def backward(
+        self, g: Tensor, *, want_dx: bool, want_dw: bool
+    ) -> tuple[Tensor | None, Callable[[], list[Tensor]] | None]:
+        """Send ``g~``; return ``dX`` at once, and what awaits and unmasks ``dW`` later."""
+        engine, kind = self.product.engine, self.product.kind
+        engine.keys.check_process()
+        engine.check_open()
+        self.differentiated = True
+        with engine.stats.timed("mask"):
+            engine.warn_if_not_finite(self.product.name, g)
+            encoded = self.encoded.encode_gradient(g, engine.keys.fresh(self.product.number, "g"), engine.empty)
+        engine.stats.encryptions["g"] += 1
+        engine.backward_seen()
+        batch = engine.batch(self.product)
+        for operand in encoded.operands:
+            shape_x, dtype = self.shapes_x[operand.worker], operand.tensors["g"].dtype
+            wants = {}
+            if want_dx:
+                wants["dx"] = (shape_x, dtype)
+            if want_dw:
+                wants["dw"] = (self.shape_w, dtype)
+            batch.post(operand, Backward, wants, weight=self.stored.number, operand=self.operand, product=kind)
+            engine.stats.flops_offloaded += len(wants) * flops(kind, shape_x, self.shape_w)
+
+        def weight_gradients() -> list[Tensor]:
+            with batch.replies("dw") as replies:
+                return encoded.decode_weight_gradient(replies, self.sizes)
+
+        dx = None
+        if want_dx:
+            with batch.replies("dx") as replies:
+                dx = encoded.decode_input_gradient(replies)
+        if engine.truth is not None:
+            for operand in encoded.operands:
+                plain = {"g": g[operand.rows]} | ({} if dx is None else {"dx": dx[operand.rows]})
+                engine.truth.record(batch.posted[operand.worker], "backward", plain)
+        return dx, weight_gradients if want_dw else None
+
+
+_PROBES: dict[tuple[int, torch.dtype], Tensor] = {}
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+class Fingerprint:
+    """Tells whether a weight may have changed since it was last masked.
+
+    Version counters miss writes through ``.data``, so contents are compared as well: a product with a fixed vector
+    (notices anything moved) and the exact sum of the bit patterns (notices any single change). A false alarm only
+    costs a fresh mask.
+    """
+
+    def __init__(self, w: Tensor) -> None:
+        w = w.detach()
+        flat = w.reshape(len(w), -1)
+        key = (flat.shape[1], w.dtype)
+        if key not in _PROBES:
+            _PROBES[key] = torch.linspace(1, 2, flat.shape[1], dtype=torch.float64).sin().to(w.dtype)
+        self._facts = (-1 if w.is_inference() else w._version, tuple(w.shape), w.dtype)
+        self._moved = torch.mv(flat, _PROBES[key])
+        self._sum = int(flat.view(_BITS[w.element_size()]).sum())
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Fingerprint)
+            and self._facts == other._facts
+            and self._sum == other._sum
+            and torch.equal(self._moved, other._moved)
+        )
+
+    __hash__ = None  # type: ignore[assignment]

@@ -1,0 +1,124 @@
+"""Layers that take the same input are sent it once: how they are found, and how one call serves them all."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tempo.engine.dtypes import compute_dtype
+from tempo.engine.product import Product
+from tempo.wire.messages import Linear
+
+if TYPE_CHECKING:
+    from tempo.engine.site import Site
+
+Parameters = Callable[[], tuple[Tensor, Tensor | None]]
+"""Gives a site's current weight (output features first) and bias."""
+
+MAX_MISSES = 8
+"""A group whose members went unused this often in a row is dissolved."""
+
+
+class _Seen:
+    """A tensor as it was at one moment, without keeping it alive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._version = tensor._version
+
+    def same(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is that very tensor, unchanged."""
+        return self._tensor() is tensor and tensor._version == self._version
+
+
+class Stash:
+    """An output computed ahead of its layer's call, and everything it depends on."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        self._seen = [_Seen(t) for t in (x, weight, bias) if t is not None]
+        self._mode = (torch.is_grad_enabled(), compute_dtype(x, weight))
+        self.y = y
+
+    def holds_for(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether a call with these tensors would give this output."""
+        now = [t for t in (x, weight, bias) if t is not None]
+        return (
+            len(now) == len(self._seen)
+            and self._mode == (torch.is_grad_enabled(), compute_dtype(x, weight))
+            and not any(t.is_inference() for t in now)
+            and all(seen.same(t) for seen, t in zip(self._seen, now, strict=True))
+        )
+
+
+class Group:
+    """Sites that were seen to take the same input (query, key, value; gate and up): one product, one masked input.
+
+    Whichever is called first computes all; the others find their output waiting.
+    """
+
+    def __init__(self, members: list[tuple[Site, Parameters]]) -> None:
+        self.members = [(weakref.ref(site), parameters) for site, parameters in members]
+        self.misses = 0
+        engine = members[0][0].engine
+        self._product = Product(engine, " + ".join(site.name for site, _ in members), Linear())
+
+    def starting_with(self, leader: Site) -> list[tuple[Site, Tensor, Tensor | None]]:
+        """The members and their parameters, ``leader`` first; empty where they do not fit together any more."""
+        self.misses += 1
+        found = []
+        for ref, parameters in self.members:
+            site = ref()
+            if site is None or self.misses > MAX_MISSES:
+                leader.engine.sharing.dissolve(self)
+                return []
+            found.append((site, *parameters()))
+        found.sort(key=lambda member: member[0] is not leader)
+        weight = found[0][1]
+        fits = all(w.shape[1] == weight.shape[1] and w.dtype == weight.dtype for _, w, _ in found)
+        return found if fits else []
+
+    def compute(self, members: list[tuple[Site, Tensor, Tensor | None]], x: Tensor) -> Tensor:
+        """Compute all members' outputs; stash all but the first, which is returned."""
+        sites, weights, biases = zip(*members, strict=True)
+        first, *others = sites[0].compute(self._product, x, list(weights), list(biases))
+        for site, weight, bias, y in zip(sites[1:], weights[1:], biases[1:], others, strict=True):
+            site.stash(Stash(x, weight, bias, y))
+        return first
+
+
+class InputSharing:
+    """Learns which sites are called with one and the same tensor; from the second time on, they form a group."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[_Seen, Site]] = deque(maxlen=8)
+        self._unsuitable: weakref.WeakSet[Site] = weakref.WeakSet()
+
+    def noticed(self, site: Site, x: Tensor, parameters: Parameters) -> None:
+        """Note that ``site`` is being called with ``x``; may make it the head of a group."""
+        if x.is_inference() or site in self._unsuitable:
+            return
+        neighbours, site.neighbours = site.neighbours, []
+        if len(neighbours) > 1 and all(other.group is None for other, _ in neighbours):
+            group = Group(neighbours)
+            for other, _ in neighbours:
+                other.group = group
+            return
+        for seen, first in self._recent:
+            if seen.same(x) and first is not site and first.neighbours:
+                first.neighbours.append((site, parameters))
+                return
+        site.neighbours = [(site, parameters)]
+        self._recent.append((_Seen(x), site))
+
+    def dissolve(self, group: Group) -> None:
+        """Undo a group whose members turned out not to belong together."""
+        for ref, _ in group.members:
+            site = ref()
+            if site is not None:
+                site.group = None
+                self._unsuitable.add(site)

@@ -1,0 +1,145 @@
+"""A site: one layer's place in a session. It decides where each call runs, and shares inputs with its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tempo.engine.autograd import offload
+from tempo.engine.dtypes import compute_dtype
+from tempo.engine.geometry import flops
+from tempo.engine.placement import Decision
+from tempo.engine.product import Product
+from tempo.engine.sharing import Group, Parameters, Stash
+from tempo.wire.messages import Conv, Linear
+
+if TYPE_CHECKING:
+    from tempo.engine.engine import Engine
+
+
+@dataclass
+class Usage:
+    """What one site did, for `Session.summary`: forward FLOPs by place, and why the last call ran where it did."""
+
+    offloaded: int = 0
+    trusted: int = 0
+    reason: str = "not called yet"
+
+
+class Site:
+    """One layer (or one projection of an attention layer) in a session.
+
+    Args:
+        engine: The session's engine.
+        name: The layer's name in its model, for the user; never sent.
+        keep_trusted: Why every call stays in the trusted process, or None.
+    """
+
+    def __init__(self, engine: Engine, name: str, keep_trusted: str | None = None) -> None:
+        self.engine = engine
+        self.name = name
+        self.keep_trusted = keep_trusted
+        self.usage = Usage()
+        self.group: Group | None = None
+        self.neighbours: list[tuple[Site, Parameters]] = []
+        self._products: dict[Linear | Conv, Product] = {}
+        self._stash: Stash | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Site:
+        """A copy of a layer is a layer of its own: same session, own labels, own masks."""
+        return Site(self.engine, f"{self.name} (copy)", self.keep_trusted)
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("a site belongs to a running session and cannot be stored")
+
+    @torch.compiler.disable
+    def linear(self, x: Tensor, parameters: Parameters, trusted: Callable[[], Tensor]) -> Tensor:
+        """A fully connected layer on ``x`` of shape (..., features); ``trusted`` computes the same here."""
+        weight, bias = parameters()
+        if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+            return trusted()  # raises what plain PyTorch raises
+        rows = x.numel() // max(1, x.shape[-1])
+        shape = (rows, x.shape[-1])
+        if not self._goes_out(Linear(), shape, x, weight):
+            return trusted()
+        given = self._take_stashed(x, weight, bias)
+        if given is not None:
+            return given
+        if self.group is None:
+            self.engine.sharing.noticed(self, x, parameters)
+        members = self.group.starting_with(self) if self.group is not None else []
+        if len(members) < 2:
+            (y,) = self.compute(self._product(Linear()), x, [weight], [bias])
+            return y
+        assert self.group is not None  # noqa: S101 - it has members
+        return self.group.compute(members, x)
+
+    @torch.compiler.disable
+    def convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Conv, trusted: Callable[[], Tensor]
+    ) -> Tensor:
+        """A convolution on ``x`` of shape (batch, channels, ...); ``trusted`` computes the same here."""
+        if not self._goes_out(kind, tuple(x.shape), x, weight):
+            return trusted()
+        if kind.groups == 1 and all(size == 1 for size in weight.shape[2:]) and not any(kind.padding):
+            return self._pointwise(x, weight, bias, kind)
+        (y,) = offload(self._product(kind), x.to(compute_dtype(x, weight)), [weight], [bias])
+        return y
+
+    def _pointwise(self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Conv) -> Tensor:
+        """A 1×1 convolution is a fully connected layer over pixels, so its rows get a full row mask."""
+        strided = x[(..., *(slice(None, None, step) for step in kind.stride))]
+        pixels = strided.movedim(1, -1)
+        (y,) = self.compute(self._product(Linear()), pixels, [weight.flatten(1)], [bias])
+        return y.movedim(-1, 1)
+
+    def compute(self, product: Product, x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+        """Send ``x`` of shape (..., features) out as rows."""
+        flat = x.reshape(-1, x.shape[-1]).to(compute_dtype(x, weights[0]))
+        outputs = offload(product, flat, weights, biases)
+        return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+
+    def _goes_out(self, kind: Linear | Conv, shape: tuple[int, ...], x: Tensor, weight: Tensor) -> bool:
+        """Place this call, and account for it."""
+        dtype = compute_dtype(x, weight)
+        cost = flops(kind, shape, tuple(weight.shape))
+        if self.keep_trusted is not None:
+            decision = Decision(False, self.keep_trusted)
+        elif cost == 0:
+            decision = Decision(False, "empty")
+        elif x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            decision = Decision(False, f"input is {x.dtype}, weight {weight.dtype}")
+        elif x.device.type != "cpu" or weight.device.type != "cpu":
+            decision = Decision(False, f"its tensors are on {x.device}; the trusted side of Tempo runs on the CPU")
+        else:
+            training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+            decision = self.engine.planner.decide(shape, tuple(weight.shape), cost, dtype, training)
+        self.usage.reason = decision.reason
+        if decision.offload:
+            self.usage.offloaded += cost
+        else:
+            self.usage.trusted += cost
+            self.engine.stats.flops_trusted += cost
+        return decision.offload
+
+    def _product(self, kind: Linear | Conv) -> Product:
+        if kind not in self._products:
+            self._products[kind] = Product(self.engine, self.name, kind)
+        return self._products[kind]
+
+    def _take_stashed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The output that a neighbour's call already brought for this very input, if it still holds."""
+        stash, self._stash = self._stash, None
+        if stash is None or not stash.holds_for(x, weight, bias):
+            return None
+        if self.group is not None:
+            self.group.misses = 0
+        return stash.y
+
+    def stash(self, stash: Stash) -> None:
+        """Keep the output of a group's call until this site is called."""
+        self._stash = stash

@@ -1,0 +1,64 @@
+"""What a session counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Stats:
+    """Cumulative counts of a session. `Session.stats` returns a copy; subtract two copies to measure a stretch."""
+
+    encryptions: dict[str, int] = field(default_factory=lambda: {"x": 0, "w": 0, "g": 0})
+    """Operands masked: inputs, weights, output gradients (the paper's encryption counts)."""
+
+    decryptions: dict[str, int] = field(default_factory=lambda: {"y": 0, "dx": 0, "dw": 0})
+    """Answers unmasked."""
+
+    flops_offloaded: int = 0
+    """Floating-point operations of products computed by workers, forward and backward."""
+
+    flops_trusted: int = 0
+    """Forward floating-point operations of supported layers that ran in the trusted process."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    seconds: dict[str, float] = field(default_factory=lambda: {"mask": 0.0, "wire": 0.0, "worker": 0.0})
+    """Wall time of the trusted process spent masking and unmasking; waiting, split by the workers' own account of
+    their compute time into ``worker`` and the rest, ``wire``."""
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the time spent inside to ``seconds[what]``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
+
+    def copy(self) -> Stats:
+        """An independent copy."""
+        return Stats(
+            dict(self.encryptions),
+            dict(self.decryptions),
+            self.flops_offloaded,
+            self.flops_trusted,
+            self.bytes_sent,
+            self.bytes_received,
+            dict(self.seconds),
+        )
+
+    def __sub__(self, earlier: Stats) -> Stats:
+        return Stats(
+            {k: v - earlier.encryptions[k] for k, v in self.encryptions.items()},
+            {k: v - earlier.decryptions[k] for k, v in self.decryptions.items()},
+            self.flops_offloaded - earlier.flops_offloaded,
+            self.flops_trusted - earlier.flops_trusted,
+            self.bytes_sent - earlier.bytes_sent,
+            self.bytes_received - earlier.bytes_received,
+            {k: v - earlier.seconds[k] for k, v in self.seconds.items()},
+        )

@@ -1,0 +1,123 @@
+"""Every primitive behind a mask, in one file.
+
+HKDF-SHA256 (RFC 5869) turns a run's secret into one AES-256 key per label; AES-CTR expands that key into a keystream.
+Each key encrypts zeros once, from counter 0, so no (key, counter) pair ever repeats. Secret and nonce come from the
+operating system's CSPRNG in this process, at every start, resume and fork, and are never written anywhere.
+
+The rule behind the labels: identical masked bytes may be sent again; changed plaintext never meets the same mask. So
+a counter is drawn for *every* encoding, and none is ever reset or chosen by a caller.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
+
+from tempo.errors import UnsafeError
+
+_SECRET_BYTES = 32
+_ZEROS = bytes(1 << 16)
+
+
+class Keystream:
+    """AES-256-CTR over zeros: a pseudo-random byte stream, read once from start to end."""
+
+    def __init__(self, key: bytes) -> None:
+        self._encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+    def read(self, count: int) -> NDArray[np.uint8]:
+        """The next ``count`` bytes."""
+        out = np.empty(count, dtype=np.uint8)
+        view = memoryview(out)
+        for start in range(0, count, len(_ZEROS)):
+            part = view[start : start + len(_ZEROS)]
+            self._encryptor.update_into(_ZEROS[: len(part)] if len(part) < len(_ZEROS) else _ZEROS, part)
+        return out
+
+    def integers(self, low: int, high: int, count: int) -> NDArray[np.int64]:
+        """``count`` integers, exactly uniform on ``low .. high`` inclusive (rejection sampling over 32 bits)."""
+        span = high - low + 1
+        if not 0 < span <= 1 << 32:
+            raise ValueError(f"range {low}..{high} is empty or wider than 32 bits")
+        limit = (1 << 32) // span * span
+        accepted = np.empty(0, dtype=np.int64)
+        while len(accepted) < count:
+            draws = self.read(4 * (count - len(accepted) + 8)).view(np.uint32).astype(np.int64)
+            accepted = np.concatenate([accepted, draws[draws < limit]])
+        return low + accepted[:count] % span
+
+    def permutation(self, count: int) -> NDArray[np.int64]:
+        """A uniform permutation of ``0 .. count-1``: the order of ``count`` distinct 64-bit draws."""
+        while True:
+            draws = self.read(8 * count).view(np.uint64)
+            order = np.argsort(draws)
+            # Equal draws would favour one order; at a million elements this happens once in 10^7 keys.
+            if count < 2 or bool((draws[order[1:]] != draws[order[:-1]]).all()):
+                return order.astype(np.int64)
+
+
+class Key:
+    """The key of one label. `stream` names its independent uses (a mask per axis, say)."""
+
+    __slots__ = ("_nonce", "_secret", "label")
+
+    def __init__(self, secret: bytes, nonce: bytes, label: str) -> None:
+        self._secret = secret
+        self._nonce = nonce
+        self.label = label
+
+    def stream(self, use: str) -> Keystream:
+        """The keystream for one use of this key; the same use gives the same stream."""
+        info = f"tempo/1/{self.label}/{use}".encode()
+        return Keystream(HKDF(SHA256(), 32, salt=self._nonce, info=info).derive(self._secret))
+
+    def __repr__(self) -> str:
+        return f"Key({self.label})"
+
+
+class KeySchedule:
+    """The keys of one run of one trusted process.
+
+    Args:
+        rank: Number of this trusted process among several of one job, part of every label.
+
+    A label is (run nonce, rank, layer instance, role, call counter, attempt). The schedule owns the counters.
+    """
+
+    def __init__(self, rank: int = 0) -> None:
+        self._secret = os.urandom(_SECRET_BYTES)
+        self._nonce = os.urandom(_SECRET_BYTES)
+        self._rank = rank
+        self._pid = os.getpid()
+        self._calls: Counter[tuple[int, str]] = Counter()
+        self._lock = threading.Lock()
+
+    def fresh(self, layer: int, role: str, attempt: int = 0) -> Key:
+        """A key that has never been given out before.
+
+        Raises:
+            UnsafeError: This process is a fork of the one that made the schedule: both would draw the same masks.
+        """
+        self.check_process()
+        with self._lock:
+            call = self._calls[layer, role]
+            self._calls[layer, role] = call + 1
+        return Key(self._secret, self._nonce, f"{self._rank}/{layer}/{role}/{call}/{attempt}")
+
+    def check_process(self) -> None:
+        """Raise `UnsafeError` in a forked child."""
+        if os.getpid() != self._pid:
+            raise UnsafeError(
+                "this process is a fork of the one that opened the session, so it would reuse its masks; "
+                "open a session of its own in the child (data loader workers should not run the protected model)"
+            )
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise UnsafeError("a key schedule cannot be copied or stored: open a new session instead")

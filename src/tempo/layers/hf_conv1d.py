@@ -1,0 +1,17 @@
+"""Hugging Face's `Conv1D`: a fully connected layer that stores its weight transposed (GPT-2 and relatives)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from tempo.layers.base import Protected
+
+
+class ProtectedHFConv1D(Protected, Conv1D):
+    """`transformers.pytorch_utils.Conv1D` whose product is computed under masks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ weight + bias``, for input of shape (..., nx)."""
+        plain = super().forward
+        return self._tempo.linear(x, lambda: (self.weight.t(), self.bias), lambda: plain(x))

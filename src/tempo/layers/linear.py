@@ -1,0 +1,16 @@
+"""`nn.Linear`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tempo.layers.base import Protected
+
+
+class ProtectedLinear(Protected, nn.Linear):
+    """A fully connected layer whose product is computed under masks."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name PyTorch uses
+        """``input @ weight.T + bias``, for input of shape (..., in_features)."""
+        plain = super().forward
+        return self._tempo.linear(input, lambda: (self.weight, self.bias), lambda: plain(input))

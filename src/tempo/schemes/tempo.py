@@ -1,0 +1,49 @@
+"""Scheme `tempo`: the paper's generalised permutations (Xu & Fang, arXiv 2401.11531, section IV), faithfully.
+
+``KGen(m, n, p)`` draws ``(c_m, π_m, c_n, π_n, c_p, π_p)``: positive integers and permutations. Then
+``X'(i,j) = (c_m[i]/c_n[j])·X(π_m(i),π_n(j))``, ``W'(j,k) = (c_n[j]/c_p[k])·W(π_n(j),π_p(k))``, and so
+``Y'(i,k) = (c_m[i]/c_p[k])·Y(π_m(i),π_p(k))``. Masking costs O(mn+np+mp), the worker's product O(mnp).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tempo.keys import Key
+from tempo.schemes.base import Traits
+from tempo.schemes.masks import Mask, draw
+from tempo.schemes.single import SingleMaskScheme
+
+
+class Tempo(SingleMaskScheme):
+    """Permutation × positive integer scale on rows, input and output features.
+
+    Args:
+        max_scale: Largest integer scale ``c``.
+    """
+
+    name = "tempo"
+    traits = Traits(
+        protects="resists a worker that only looks at values; a ReLU network's zero patterns, or a known base "
+        "checkpoint, undo it",
+        known_breaks={
+            "relu": "ReLU keeps zeros and signs under a positive generalised permutation; matching the zero patterns "
+            "of neighbouring layers recovered every permutation of a small network, with nothing else known",
+            "public-base": "row and column signatures against the public checkpoint recover permutations and scales",
+        },
+    )
+
+    def __init__(self, max_scale: int = 255) -> None:
+        self.max_scale = max_scale
+
+    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
+        """``(c_n, π_n)`` and ``(c_p, π_p)``; with groups, channels move within groups and groups among themselves."""
+        order = torch.from_numpy(key.stream("groups").permutation(groups)) if groups > 1 else None
+        return (
+            draw(key.stream("A"), inputs, self.max_scale, order),
+            draw(key.stream("P"), outputs, self.max_scale, order),
+        )
+
+    def row_mask(self, key: Key, part: int, rows: int) -> Mask:
+        """``(c_m, π_m)``."""
+        return draw(key.stream(f"L{part}"), rows, self.max_scale)

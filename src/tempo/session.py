@@ -1,0 +1,165 @@
+"""The front door: connect to workers, protect a model, see what is protected and what it costs."""
+
+from __future__ import annotations
+
+import secrets
+import weakref
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from torch import nn
+
+from tempo import schemes
+from tempo.engine.coverage import TrustedProducts
+from tempo.engine.engine import Engine
+from tempo.engine.link import Link
+from tempo.engine.local import start_local_workers
+from tempo.engine.stats import Stats
+from tempo.engine.truth import TruthRecorder
+from tempo.errors import ProtectionWarning, SettingsError
+from tempo.layers.base import Protected
+from tempo.layers.protect import ProtectedLayer, protect, unprotect
+from tempo.settings import Settings, parse
+from tempo.summary import Summary
+from tempo.wire.address import Address
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def connect(*workers: str, settings: Settings | None = None, **fields: Any) -> Session:
+    """Open a session with workers.
+
+    Args:
+        workers: Addresses, ``[group:]host:port[@operator]`` or ``unix:path``. With none, local workers are started;
+            they end with this process, however it ends.
+        settings: A whole settings object, instead of ``fields``.
+        fields: Fields of `Settings`, ``scheme="tempo"`` say.
+
+    Returns:
+        The session; use it as a context manager, or call `Session.close`.
+
+    Raises:
+        SettingsError: A setting or an address is wrong.
+        SchemeError: The scheme does not work with these workers.
+        WorkerUnreachableError, WorkerRefusedError: A worker cannot be used; names it.
+    """
+    if settings is not None and fields:
+        raise SettingsError(f"connect(): give settings= or single fields, not both ({', '.join(fields)})")
+    settings = settings or parse(fields)
+    addresses = [Address.parse(worker) for worker in workers]
+    scheme = schemes.create(settings.scheme)
+    name = secrets.token_hex(8)
+    links: list[Link] = []
+    try:
+        if addresses:
+            links.extend(Link.connect(address, settings=settings, session=name) for address in addresses)
+        else:
+            links.extend(start_local_workers(settings, session=name))
+        truth = (
+            TruthRecorder(settings.insecure_record_truth, name, settings.scheme)
+            if settings.insecure_record_truth
+            else None
+        )
+        engine = Engine(settings, scheme, links, truth)
+    except BaseException:
+        for link in links:
+            link.close()
+        raise
+    return Session(engine, name)
+
+
+class Session:
+    """An open session: made by `connect`, closed by `close` or by leaving its ``with`` block.
+
+    A session serves one thread at a time. It does not survive a fork; a child that uses it gets an error.
+    """
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.name = name
+        self._engine = engine
+        self._layers: list[ProtectedLayer] = []
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    @property
+    def settings(self) -> Settings:
+        """What the session was opened with."""
+        return self._engine.settings
+
+    def protect(self, model: M, *, trusted: Sequence[str] = ()) -> M:
+        """Send the large linear operations of ``model`` to the workers from now on, under masks.
+
+        In place: the same object, parameters and ``state_dict`` keys; its layers stay instances of their own types.
+
+        Args:
+            model: Any module with its parameters on the CPU.
+            trusted: Modules to keep here, as shell patterns of their names, besides those of the settings.
+
+        Returns:
+            ``model`` itself.
+
+        Raises:
+            SettingsError: It is protected already, or a pattern matches nothing.
+        """
+        self._engine.check_open()
+        elsewhere = next((f"{n} is on {p.device}" for n, p in model.named_parameters() if p.device.type != "cpu"), None)
+        if elsewhere is not None:
+            raise SettingsError(f"protect(): {elsewhere}; the trusted side runs on the CPU: call model.cpu() first")
+        patterns = [p for p in self.settings.trusted if _matches_any(p, model)] + list(trusted)
+        self._layers += protect(model, self._engine, patterns)
+        self._models.add(model)
+        self._warn_of_known_breaks(model)
+        return model
+
+    def unprotect(self, model: M) -> M:
+        """Give ``model`` back as it was, with its present weights."""
+        unprotect(model)
+        self._models.discard(model)
+        self._layers = [layer for layer in self._layers if isinstance(layer.module, Protected)]
+        return model
+
+    def summary(self) -> Summary:
+        """What is protected, what stays trusted and why, with shares of the forward FLOPs seen so far."""
+        return Summary(self._engine, self._layers)
+
+    def stats(self) -> Stats:
+        """Counts so far: encryptions, decryptions, FLOPs, bytes, seconds. Subtract two to measure a stretch."""
+        return self._engine.snapshot()
+
+    def trusted_products(self, model: nn.Module) -> TrustedProducts:
+        """A context that lists every matrix product of ``model`` computed in the trusted process, with its FLOPs.
+
+        Examples:
+            >>> with session.trusted_products(model) as found:
+            ...     model(batch).sum().backward()
+            >>> print(found)
+        """
+        return TrustedProducts(model)
+
+    def close(self) -> None:
+        """Close the connections and stop local workers. Idempotent; protected models need a new session after it."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _warn_of_known_breaks(self, model: nn.Module) -> None:
+        """Say once, specifically, what is known to break this scheme on this model."""
+        applies = {
+            "always": True,
+            "relu": any(isinstance(m, nn.ReLU | nn.ReLU6 | nn.LeakyReLU) for m in model.modules()),
+        }
+        scheme = self._engine.scheme
+        for condition, message in scheme.traits.known_breaks.items():
+            if applies.get(condition, False):
+                self._engine.warn_once(f"scheme {scheme.name!r}: {message}", ProtectionWarning)
+
+
+def _matches_any(pattern: str, model: nn.Module) -> bool:
+    return any(fnmatchcase(name, pattern) for name, _ in model.named_modules())

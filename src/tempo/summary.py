@@ -1,0 +1,80 @@
+"""The report of what a session protects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from tempo.engine.engine import Engine
+from tempo.engine.site import Site
+from tempo.layers.attention import Projections
+from tempo.layers.protect import ProtectedLayer
+from tempo.rendering import plain_text
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One layer: its forward FLOPs so far, by place, and why it ran where it did."""
+
+    name: str
+    kind: str
+    offloaded: int
+    trusted: int
+    reason: str
+
+
+class Summary:
+    """What is protected, what stays trusted and why. Print it."""
+
+    def __init__(self, engine: Engine, layers: Sequence[ProtectedLayer]) -> None:
+        self.scheme = engine.scheme.name
+        self.protects = engine.scheme.traits.protects
+        self.workers = [
+            f"{link.address} ({link.welcome.device}), {share:.0%} of the rows"
+            for link, share in zip(engine.links, engine.planner.shares, strict=True)
+        ]
+        self.lines = [_line(layer) for layer in layers]
+
+    @property
+    def offloaded_share(self) -> float:
+        """Share of these layers' forward FLOPs computed by workers; 0 before the first batch."""
+        offloaded = sum(line.offloaded for line in self.lines)
+        total = offloaded + sum(line.trusted for line in self.lines)
+        return offloaded / total if total else 0.0
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        total = sum(line.offloaded + line.trusted for line in self.lines)
+        table = Table("layer", "type", "where", "why", title=f"scheme {self.scheme}: {self.protects}")
+        table.add_column("FLOPs", justify="right")
+        for line in self.lines:
+            share = f"{(line.offloaded + line.trusted) / total:.1%}" if total else "?"
+            where = "workers" if line.offloaded > line.trusted else "trusted" if line.trusted else "?"
+            table.add_row(line.name, line.kind, where, line.reason, share)
+        yield table
+        yield f"workers: {'; '.join(self.workers)}"
+        yield (
+            f"{self.offloaded_share:.1%} of these layers' forward FLOPs went to workers. "
+            "Attention products, softmax, norms and all else stay trusted; session.trusted_products(model) lists them."
+            if total
+            else "No batch has been run yet: placement is decided per call, once shapes are known."
+        )
+
+    def __str__(self) -> str:
+        return plain_text(self)
+
+
+def _line(layer: ProtectedLayer) -> Line:
+    sites: list[Site] = [layer.site]
+    if isinstance(layer.site, Projections) and layer.site.parts:
+        sites = list(layer.site.parts.values())
+    usages = [site.usage for site in sites]
+    return Line(
+        layer.name or "(the model itself)",
+        type(layer.module).__name__,
+        sum(usage.offloaded for usage in usages),
+        sum(usage.trusted for usage in usages),
+        "; ".join(dict.fromkeys(site.keep_trusted or usage.reason for site, usage in zip(sites, usages, strict=True))),
+    )
