@@ -1,0 +1,317 @@
+"""The main job: an ordinary training loop, whose model happens to compute its products on workers."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Self, final
+
+import msgspec
+import numpy as np
+import torch
+from rich.console import Console
+from torch.nn import functional as F
+
+from tempo import checkpoint as checkpoints
+from tempo.checkpoint import Checkpoint, CheckpointStore, flatten, load_model, unflatten
+from tempo.errors import CheckpointError, NonFiniteError, SettingsError, TempoError
+from tempo.recipes import data
+from tempo.recipes.inference import FOLDER, evaluate, format_of, protected, recipe_of
+from tempo.recipes.metrics import Evaluation, Metrics, Step
+from tempo.recipes.models import logits
+from tempo.recipes.optimizers import scheduler
+from tempo.recipes.progress import Display
+from tempo.recipes.recipe import Recipe, differences
+
+if TYPE_CHECKING:
+    from tempo.session import Session
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    folder: Path
+    step: int
+    signal: int = 0
+    """What interrupted it; 0: nothing, it is complete."""
+
+    loss: float = math.nan
+    accuracy: float = math.nan
+
+
+def train(
+    recipe: Recipe, console: Console, *, resume: bool = False, plain: bool = False, title: str = "training"
+) -> Outcome:
+    """Train by ``recipe``.
+
+    Args:
+        recipe: What to do.
+        console: Where to show progress.
+        resume: Continue from the newest checkpoint in the run's folder.
+        plain: Compute everything here, for comparison, without a session.
+        title: Name of the run on the display.
+
+    Raises:
+        TempoError: Something went wrong; if training had begun, a checkpoint was saved, as a note on the error says.
+    """
+    folder = Path(recipe.run.out)
+    store = CheckpointStore(folder / FOLDER)
+    earlier = _earlier(store, recipe, console) if resume else None
+    source = data.load(recipe.data.source, recipe.data.train_limit, recipe.data.test_limit)
+    job = _Job(recipe, source, earlier)
+    with protected(job.model, recipe.session, plain) as session:
+        if session is not None:
+            console.print(session.summary())
+        if earlier is None:
+            _make_way(folder, console)
+        display = Display(console, title, job.step, job.steps, recipe.data.batch_size)
+        with Metrics(folder, job.step) as metrics, display, _Interrupts() as interrupts:
+            return _loop(job, store, session, metrics, display, interrupts)
+
+
+def _loop(
+    job: _Job,
+    store: CheckpointStore,
+    session: Session | None,
+    metrics: Metrics,
+    display: Display,
+    interrupts: _Interrupts,
+) -> Outcome:
+    run = job.recipe.run
+    began = time.perf_counter() - job.elapsed
+    job.generators.restore()
+
+    def evaluated() -> Evaluation:
+        loss, accuracy = evaluate(
+            job.model, job.source.test, job.format, job.recipe.data.batch_size, lambda: interrupts.signal != 0
+        )
+        return Evaluation(job.step, loss, accuracy, time.perf_counter() - began)
+
+    while job.step < job.steps and not interrupts.signal:
+        before = _Moment(job)
+        try:
+            record = _one_step(job, session, began)
+        except TempoError as error:
+            before.restore()
+            _save_after(error, job, store)
+            raise
+        job.elapsed = record.time
+        metrics.write(record)
+        display.step(record)
+        last = job.step == job.steps
+        if interrupts.signal or last or (run.checkpoint_every and job.step % run.checkpoint_every == 0):
+            job.save(store)
+        if run.evaluate_every and job.step % run.evaluate_every == 0 and not last:
+            evaluation = evaluated()
+            if not interrupts.signal:
+                metrics.write(evaluation)
+                display.evaluation(evaluation)
+    if not interrupts.signal:
+        evaluation = evaluated()
+    if interrupts.signal:
+        if job.step not in store.steps():
+            job.save(store)
+        return Outcome(Path(run.out), job.step, interrupts.signal)
+    metrics.write(evaluation)
+    display.evaluation(evaluation)
+    return Outcome(Path(run.out), job.step, 0, evaluation.loss, evaluation.accuracy)
+
+
+def _one_step(job: _Job, session: Session | None, began: float) -> Step:
+    recipe = job.recipe
+    started = time.perf_counter()
+    before = session.stats() if session is not None else None
+    rate = float(job.scheduler.get_last_lr()[0])
+
+    chosen = job.order.batch()
+    labels = job.source.train.labels[chosen]
+    images = job.format.numbers(job.source.train.images[chosen])
+    images = data.augment(images, recipe.data.augment, job.order.randomness())
+
+    job.model.train()
+    scores = logits(job.model, images)
+    loss = F.cross_entropy(scores, labels)
+    value = loss.item()
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the loss became {value} at step {job.step + 1}: lower optimizer.lr, add schedule.warmup or run.clip_norm"
+        )
+    job.optimizer.zero_grad()
+    loss.backward()
+    if recipe.run.clip_norm:
+        torch.nn.utils.clip_grad_norm_(job.model.parameters(), recipe.run.clip_norm)
+    job.optimizer.step()
+    job.scheduler.step()
+    job.order.advance()
+    job.step += 1
+
+    now = time.perf_counter()
+    seconds, sent, received = {"trusted": now - started}, 0, 0
+    if session is not None and before is not None:
+        after = session.stats()
+        away = {place: after.seconds[place] - before.seconds[place] for place in after.seconds}
+        seconds = {**away, "trusted": max(0.0, now - started - sum(away.values()))}
+        sent, received = after.bytes_sent - before.bytes_sent, after.bytes_received - before.bytes_received
+    accuracy = float((scores.argmax(1) == labels).float().mean())
+    return Step(job.step, value, accuracy, rate, now - began, seconds, sent, received)
+
+
+@final
+class _Job:
+    """Everything that a checkpoint must hold for a run to continue exactly."""
+
+    def __init__(self, recipe: Recipe, source: data.Source, earlier: Checkpoint | None) -> None:
+        self.recipe = recipe
+        self.source = source
+        self.format = source.format(recipe.data.resize) if earlier is None else format_of(earlier)
+        self.steps = recipe.steps(len(source.train))
+        self.step = 0
+        self.elapsed = 0.0
+        _seed(recipe.run.seed)
+        self.model = recipe.model.build(self.format.channels, self.format.size, len(self.format.classes))
+        self.optimizer = recipe.optimizer.build(self.model)
+        self.scheduler = scheduler(recipe.schedule, self.optimizer, self.steps)
+        self.order = data.Order(len(source.train), recipe.data.batch_size, recipe.run.seed)
+        if earlier is not None:
+            self._restore(earlier)
+        self.generators = _Generators()
+
+    def save(self, store: CheckpointStore) -> None:
+        parts = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generators": checkpoints.generators(),
+            "order": self.order.state_dict(),
+        }
+        tensors: dict[str, dict[str, torch.Tensor]] = {"model": self.model.state_dict()}
+        state: dict[str, Any] = {
+            "recipe": msgspec.to_builtins(self.recipe),
+            "format": msgspec.to_builtins(self.format),
+            "elapsed": self.elapsed,
+        }
+        for name, part in parts.items():
+            tensors[name], state[name] = flatten(part)
+        store.save(self.step, {name: group for name, group in tensors.items() if group}, state)
+
+    def _restore(self, earlier: Checkpoint) -> None:
+        def part(name: str) -> Any:
+            return unflatten(earlier.tensors.get(name, {}), earlier.state[name])
+
+        load_model(self.model, earlier.tensors["model"], str(earlier.path))
+        try:
+            self.optimizer.load_state_dict(part("optimizer"))
+            self.scheduler.load_state_dict(part("scheduler"))
+            self.order.load_state_dict(part("order"))
+            checkpoints.restore_generators(part("generators"))
+            self.step, self.elapsed = earlier.step, earlier.state["elapsed"]
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{earlier.path} does not fit this recipe: {error}") from None
+
+
+@final
+class _Generators:
+    """The states of the random generators at one moment."""
+
+    def __init__(self) -> None:
+        self._state = checkpoints.generators()
+
+    def restore(self) -> None:
+        checkpoints.restore_generators(self._state)
+
+
+@final
+class _Moment:
+    """What a step that fails half-way has already changed: generators, and buffers such as BatchNorm's averages."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._generators = _Generators()
+        self._buffers = [buffer.clone() for buffer in job.model.buffers()]
+
+    def restore(self) -> None:
+        self._generators.restore()
+        with torch.no_grad():
+            for buffer, earlier in zip(self._job.model.buffers(), self._buffers):
+                buffer.copy_(earlier)
+
+
+@final
+class _Interrupts:
+    """Turns Ctrl-C and SIGTERM into a flag while inside, so that the step in progress is finished and saved."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:  # asked twice: at once, then, without a checkpoint
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def _earlier(store: CheckpointStore, recipe: Recipe, console: Console) -> Checkpoint:
+    """The checkpoint to continue from, if it is of the same run."""
+    if not store.steps():
+        raise CheckpointError(f"nothing to resume in {store.folder}: leave out --resume to start")
+    earlier = store.load()
+    for message in earlier.damaged:
+        console.print(f"[yellow]passed over:[/] {message}", soft_wrap=True)
+    if found := differences(recipe, recipe_of(earlier)):
+        lines = "".join(f"\n  {line}" for line in found)
+        raise SettingsError(
+            f"{earlier.path} was made by another recipe, and a resumed run must continue exactly:{lines}\n"
+            "change that back, or start a new run with another --out"
+        )
+    console.print(f"continuing from {earlier.path}", soft_wrap=True, highlight=False)
+    return earlier
+
+
+def _make_way(folder: Path, console: Console) -> None:
+    """Move an earlier run out of the way instead of mixing with it or deleting it."""
+    if not (folder / "metrics.jsonl").exists():
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise CheckpointError(f"{folder} holds an earlier run ({error.strerror}); choose another --out") from None
+    console.print(f"{folder} held an earlier run, now in {aside}", soft_wrap=True, highlight=False)
+
+
+def _save_after(error: TempoError, job: _Job, store: CheckpointStore) -> None:
+    """Save what there is and say so on ``error``; after NaN or infinity there is nothing worth saving."""
+    if not isinstance(error, NonFiniteError):
+        try:
+            if job.step not in store.steps():
+                job.save(store)
+        except CheckpointError as other:
+            error.add_note(str(other))
+    if steps := store.steps():
+        error.add_note(f"Step {steps[-1]} is saved in {store.folder}; continue with --resume.")
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
