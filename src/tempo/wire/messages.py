@@ -16,10 +16,10 @@ PROTOCOL = 1
 """Version of everything in this file; a hello with another one is refused."""
 
 DType = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"]
-Number = Annotated[int, Meta(ge=0, lt=1 << 63)]
+Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Size = Annotated[int, Meta(ge=0, le=1 << 40)]
 Shape = Annotated[tuple[Size, ...], Meta(max_length=6)]
-Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,15}$")]
+Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,15}\Z")]
 Text = Annotated[str, Meta(max_length=1024)]
 Small = Annotated[int, Meta(ge=0, le=1 << 16)]
 Geometry = Annotated[tuple[Small, ...], Meta(max_length=3)]
@@ -41,6 +41,14 @@ class TensorRef(_Struct, frozen=True):
     shape: Shape
     segment: Annotated[int, Meta(ge=-1, lt=1 << 20)] = -1
     offset: Size = 0
+
+
+class _Request(_Struct, frozen=True, kw_only=True):
+    """What is answered. `Link.request` fills in these three; ids grow with every request of a connection."""
+
+    id: Number = 0
+    tensors: tuple[TensorRef, ...] = ()
+    wants: tuple[TensorRef, ...] = ()
 
 
 # --- products -----------------------------------------------------------------------------------------------------
@@ -70,7 +78,7 @@ class Hello(_Struct, frozen=True, tag="hello"):
 
     protocol: Number
     version: Text
-    session: Annotated[str, Meta(pattern=r"^[0-9a-f]{16}$")]
+    session: Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
     capabilities: Annotated[tuple[Name, ...], Meta(max_length=32)] = ()
 
 
@@ -81,40 +89,32 @@ class Segment(_Struct, frozen=True, tag="segment"):
     size: Size
 
 
-class Store(_Struct, frozen=True, tag="store"):
+class Store(_Request, frozen=True, kw_only=True, tag="store"):
     """Keep tensor ``w`` under the number ``weight``. Answered by an empty `Result`."""
 
-    id: Number
     step: Number
     layer: Number
     weight: Number
-    tensors: tuple[TensorRef, ...]
 
 
-class Forward(_Struct, frozen=True, tag="forward"):
+class Forward(_Request, frozen=True, kw_only=True, tag="forward"):
     """Multiply ``x`` by a stored weight, answer ``y``; keep ``x`` as ``operand`` unless that is 0."""
 
-    id: Number
     step: Number
     layer: Number
     weight: Number
     operand: Number
     product: Product
-    tensors: tuple[TensorRef, ...]
-    wants: tuple[TensorRef, ...]
 
 
-class Backward(_Struct, frozen=True, tag="backward"):
+class Backward(_Request, frozen=True, kw_only=True, tag="backward"):
     """From ``g``, answer ``dx`` (with the stored weight) and/or ``dw`` (with the kept operand), as wanted, in order."""
 
-    id: Number
     step: Number
     layer: Number
     weight: Number
     operand: Number
     product: Product
-    tensors: tuple[TensorRef, ...]
-    wants: tuple[TensorRef, ...]
 
 
 class Forget(_Struct, frozen=True, tag="forget"):
@@ -124,13 +124,10 @@ class Forget(_Struct, frozen=True, tag="forget"):
     operands: tuple[Number, ...] = ()
 
 
-class Probe(_Struct, frozen=True, tag="probe"):
+class Probe(_Request, frozen=True, kw_only=True, tag="probe"):
     """Measure: return the wanted tensors (any content), having multiplied two ``size``×``size`` float32 matrices."""
 
-    id: Number
     size: Annotated[int, Meta(ge=0, le=16384)]
-    tensors: tuple[TensorRef, ...]
-    wants: tuple[TensorRef, ...]
 
 
 # --- from the worker ----------------------------------------------------------------------------------------------

@@ -1,0 +1,64 @@
+"""Connecting to a worker: Unix socket, TCP with TLS, or TCP in clear where that was asked for."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from tempo.errors import IdentityError, WorkerRefusedError, WorkerUnreachableError
+from tempo.settings import Settings
+from tempo.wire import identity
+from tempo.wire.address import Address
+from tempo.wire.stream import SocketStream, Stream, TLSStream
+
+
+def dial(address: Address, settings: Settings) -> tuple[Stream, str]:
+    """Connect.
+
+    Returns:
+        The stream, and what is likely wrong if the worker hangs up before it said anything.
+    """
+    timeout = settings.connect_timeout
+    if address.path:
+        return SocketStream(_open(address, timeout), timeout), ""
+    if settings.insecure_no_tls:
+        return SocketStream(_open(address, timeout), timeout), ": it may want TLS, so leave out insecure_no_tls"
+    key, peers = settings.identity, settings.peers
+    context = identity.load(Path(key) if key else None, Path(peers) if peers else None, server=False)
+    sock = _open(address, timeout)
+    try:
+        stream = TLSStream(identity.connect(sock, context, timeout), timeout)
+    except IdentityError as error:
+        raise IdentityError(f"worker {address}: {error}") from error
+    except OSError as error:
+        raise WorkerRefusedError(
+            f"worker {address} did not complete the TLS handshake ({error}): "
+            "was it started with --insecure-no-tls, or is something else listening there?"
+        ) from error
+    finally:
+        sock.close()  # nothing to close after success: the TLS socket took the descriptor over
+    return stream, f": the worker does not trust this certificate: copy {context.pub} into its peers folder"
+
+
+def _open(address: Address, timeout: float) -> socket.socket:
+    try:
+        if not address.path:
+            return socket.create_connection((address.host, address.port), timeout)
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.connect(address.path)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+    except socket.gaierror as error:
+        raise WorkerUnreachableError(f"worker {address}: the host name {address.host!r} is not known") from error
+    except (ConnectionRefusedError, FileNotFoundError) as error:
+        listen = f"unix:{address.path}" if address.path else f"{address.host}:{address.port}"
+        raise WorkerUnreachableError(
+            f"worker {address}: nothing listens there; start it with `tempo worker --listen {listen}`"
+        ) from error
+    except OSError as error:
+        raise WorkerUnreachableError(
+            f"worker {address} cannot be reached ({error.strerror or error}): check the address, and firewalls between"
+        ) from error

@@ -1,0 +1,404 @@
+"""The trusted end of a connection to one worker: requests out, futures back.
+
+Everything that a worker sends is checked against what was asked of it; the first mismatch ends the connection.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import count
+from math import prod
+from typing import Final, Self, TypeAlias, final
+
+import msgspec
+import torch
+from torch import Tensor
+
+import tempo
+from tempo.engine.dial import dial
+from tempo.engine.measure import Measurement, measure
+from tempo.errors import (
+    ProtocolError,
+    WorkerError,
+    WorkerFailedError,
+    WorkerLostError,
+    WorkerOutOfMemoryError,
+    WorkerRefusedError,
+    WorkerUnreachableError,
+)
+from tempo.settings import Settings
+from tempo.wire.address import Address
+from tempo.wire.channel import Channel
+from tempo.wire.frame import TO_TRUSTED
+from tempo.wire.memory import Block, BlockPool, PrivatePool
+from tempo.wire.messages import (
+    PROTOCOL,
+    Failure,
+    Forget,
+    Hello,
+    Probe,
+    Request,
+    Result,
+    Segment,
+    TensorRef,
+    ToTrusted,
+    Welcome,
+)
+from tempo.wire.shared import Segments, SharedPool
+from tempo.wire.stream import SocketStream, Stream
+from tempo.wire.tensors import NAMES, raw, size_of
+
+Shape: TypeAlias = tuple[int, ...]
+ACKNOWLEDGED: Final = ""
+"""Key of the future of a request that wants nothing back."""
+
+_FORGET_BATCH: Final = 2048
+_STOP_TIMEOUT: Final = 5.0
+_IDS: Final = count(1)  # unique over the links of a process: transcripts of several workers merge in order
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Want:
+    """An answer that is due: exactly this reference, into this block."""
+
+    ref: TensorRef
+    block: Block
+    tensor: Tensor
+    future: Future[Tensor]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A request in flight. Who pops a want, or the request itself, is the one to resolve its future."""
+
+    request: Request
+    sent: list[Block]
+    wants: dict[str, _Want]
+    acknowledged: Future[None] | None
+    since: float
+
+
+@final
+class Link:
+    """One worker. `request` may be called from any thread; answers resolve on a thread of the link's own.
+
+    Attributes:
+        address: The worker's address.
+        welcome: What the worker said of itself (version, device, memory); never trusted.
+        index: The worker's number in its session.
+        last_id: The number of the last request.
+        process: The worker's process, where this one started it; it ends with the link.
+        bytes_sent: Tensor bytes sent so far, through shared memory or not; ``bytes_received`` likewise.
+        worker_nanoseconds: The compute time that the worker claims.
+    """
+
+    def __init__(self, stream: Stream, address: Address, *, settings: Settings, session: str, hint: str = "") -> None:
+        self.address = address
+        self.index = 0
+        self.last_id = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.worker_nanoseconds = 0
+        self._segments = Segments()
+        self._channel: Channel[ToTrusted] = Channel(stream, TO_TRUSTED, self._segments.size)
+        self._owner = os.getpid()
+        self._lock = threading.RLock()  # orders ids, sends and failure
+        self._pending: dict[int, _Pending] = {}
+        self._forgotten: deque[tuple[bool, int]] = deque()
+        self._lost: WorkerError | None = None
+        try:
+            self.welcome = self._greet(session, hint)
+        except BaseException:
+            stream.close()
+            raise
+        stream.timeout = settings.request_timeout
+        self._shared = isinstance(stream, SocketStream) and stream.is_unix and "shm" in self.welcome.capabilities
+        # Two pools, so that what comes back never lies where this side wrote something.
+        self._outgoing: BlockPool = SharedPool(self._segments) if self._shared else PrivatePool()
+        self._incoming: BlockPool = SharedPool(self._segments) if self._shared else PrivatePool()
+        self._lent: dict[int, Block] = {}  # send buffers by address
+        self._replies: dict[int, Block] = {}  # replies by address
+        self._receiver = threading.Thread(target=self._receive_all, name=f"tempo {address}", daemon=True)
+        self._receiver.start()
+
+    @classmethod
+    def connect(cls, address: Address, *, settings: Settings, session: str) -> Self:
+        """Connect to the worker at ``address``.
+
+        Args:
+            address: Where it listens.
+            settings: Timeouts and TLS.
+            session: 16 hexadecimal digits; names the session in transcripts.
+
+        Raises:
+            WorkerUnreachableError: Nobody answers there.
+            WorkerRefusedError: It does not trust our certificate, or speaks another protocol.
+            IdentityError: We have no key pair, or do not trust its certificate.
+        """
+        stream, hint = dial(address, settings)
+        return cls(stream, address, settings=settings, session=session, hint=hint)
+
+    @classmethod
+    def adopt(cls, sock: socket.socket, address: Address, *, settings: Settings, session: str) -> Self:
+        """Speak over a socket that is connected already: a local worker's."""
+        stream = SocketStream(sock, settings.connect_timeout)
+        return cls(stream, address, settings=settings, session=session)
+
+    # --- what the engine calls ---
+
+    def empty(self, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """A send buffer. Write to it once, nothing but what the worker may see, and pass it to `request`."""
+        block, tensor = _take(self._outgoing, shape, dtype)
+        if tensor.numel():
+            self._lent[tensor.data_ptr()] = block
+        return tensor
+
+    def request(
+        self, message: Request, tensors: Mapping[str, Tensor], wants: Mapping[str, tuple[Shape, torch.dtype]]
+    ) -> dict[str, Future[Tensor]] | dict[str, Future[None]]:
+        """Send a request and return a future for each wanted tensor.
+
+        Args:
+            message: The request; its id and references are filled in here.
+            tensors: Operands by name. Those from `empty` are used in place and taken over; others are copied.
+            wants: Shape and dtype of each answer by name.
+
+        Returns:
+            Futures by name, or one under `ACKNOWLEDGED` if nothing is wanted. They fail with a `WorkerError`.
+            Their callbacks run on the link's thread.
+        """
+        operands = {name: self._place_operand(tensor) for name, tensor in tensors.items()}
+        refs = tuple(_reference(name, block, tensor) for name, (block, tensor) in operands.items())
+        due: dict[str, _Want] = {}
+        for name, (shape, dtype) in wants.items():
+            block, tensor = _take(self._incoming, shape, dtype)
+            due[name] = _Want(_reference(name, block, tensor), block, tensor, Future())
+            due[name].future.set_running_or_notify_cancel()
+        futures = {name: want.future for name, want in due.items()}
+        acknowledged: Future[None] | None = None if due else Future()
+        sent = [block for block, _ in operands.values()]
+        payload = [] if self._shared else [raw(tensor) for _, tensor in operands.values()]
+        with self._lock:
+            self.last_id = next(_IDS)
+            message = msgspec.structs.replace(
+                message, id=self.last_id, tensors=refs, wants=tuple(want.ref for want in due.values())
+            )
+            self._send(_Pending(message, sent, due, acknowledged, time.monotonic()), payload)
+        return futures if acknowledged is None else {ACKNOWLEDGED: acknowledged}
+
+    def release(self, tensor: Tensor) -> None:
+        """Give a reply (or an unused send buffer) back; the caller must not touch it any more."""
+        if block := self._replies.pop(tensor.data_ptr(), None):
+            self._incoming.give(block)
+        elif block := self._lent.pop(tensor.data_ptr(), None):
+            self._outgoing.give(block)
+
+    def forget(self, weights: Iterable[int] = (), operands: Iterable[int] = ()) -> None:
+        """Let the worker drop these, before the next request. Only takes note, so finalizers may call it."""
+        self._forgotten.extend((True, number) for number in weights)
+        self._forgotten.extend((False, number) for number in operands)
+
+    def measure(self) -> Measurement:
+        """Measure the worker and the way to it by probes: well under a second in all."""
+        return measure(self)
+
+    def close(self) -> None:
+        """End the connection and wait for its thread. In a forked child only the descriptor is freed."""
+        if os.getpid() != self._owner:
+            self._channel.stream.close()
+            return
+        with self._lock:
+            self._lose(WorkerLostError(f"worker {self.address}: the connection was closed"))
+        if threading.current_thread() is not self._receiver:
+            self._receiver.join()
+        self._channel.stream.close()
+        self._segments.close()
+        if self.process is not None:
+            stop(self.process)
+
+    # --- sending ---
+
+    def _place_operand(self, tensor: Tensor) -> tuple[Block, Tensor]:
+        lent = self._lent.pop(tensor.data_ptr(), None)
+        if lent is not None and tensor.is_contiguous():
+            return lent, tensor
+        block, copy = _take(self._outgoing, tuple(tensor.shape), tensor.dtype)
+        copy.copy_(tensor.detach())
+        if lent is not None:
+            self._outgoing.give(lent)
+        return block, copy
+
+    def _send(self, pending: _Pending, payload: list[memoryview]) -> None:
+        message = pending.request
+        if self._lost is not None:
+            self._fail(pending, self._lost)
+            return
+        self._pending[message.id] = pending
+        self.bytes_sent += sum(map(size_of, message.tensors))
+        try:
+            self._send_notices()
+            self._channel.send(message, payload)
+        except OSError as error:
+            self._lose(self._broken(error))
+
+    def _send_notices(self) -> None:
+        """What must be known, or may be dropped, before the next request."""
+        for segment in self._segments.drain():
+            try:
+                self._channel.send(Segment(segment.number, segment.size), descriptor=segment.fd)
+            finally:
+                os.close(segment.fd)
+        while self._forgotten:
+            weights: list[int] = []
+            operands: list[int] = []
+            for _ in range(min(len(self._forgotten), _FORGET_BATCH)):
+                is_weight, number = self._forgotten.popleft()
+                (weights if is_weight else operands).append(number)
+            self._channel.send(Forget(tuple(weights), tuple(operands)))
+
+    # --- receiving, on the link's own thread ---
+
+    def _greet(self, session: str, hint: str) -> Welcome:
+        who = f"worker {self.address}"
+        try:
+            self._channel.send(Hello(PROTOCOL, tempo.__version__, session, ("shm",)))
+            answer = self._channel.receive(lambda _: None)
+        except TimeoutError as error:
+            raise WorkerUnreachableError(f"{who} accepted the connection and then said nothing: {error}") from error
+        except ProtocolError as error:
+            raise WorkerRefusedError(f"{who} does not speak Tempo's protocol: {error}") from error
+        except (OSError, EOFError) as error:
+            raise WorkerRefusedError(f"{who} ended the connection at once ({error}){hint}") from error
+        if isinstance(answer, Failure):
+            raise WorkerRefusedError(f"{who} refused: {_printable(answer.message)}")
+        if not isinstance(answer, Welcome) or answer.protocol != PROTOCOL:
+            raise WorkerRefusedError(f"{who} does not speak protocol {PROTOCOL}: install the same version on both")
+        return answer
+
+    def _receive_all(self) -> None:
+        try:
+            while True:
+                try:
+                    message = self._channel.receive(self._place)
+                except TimeoutError as error:
+                    oldest = min((pending.since for pending in list(self._pending.values())), default=None)
+                    if oldest is not None and time.monotonic() - oldest >= (self._channel.stream.timeout or 0):
+                        raise EOFError(f"no answer, {error}") from None
+                    continue
+                if isinstance(message, Result):
+                    self._resolve(message)
+                elif isinstance(message, Failure):
+                    self._report(message)
+        except (OSError, EOFError, ProtocolError) as error:
+            self._lose(self._broken(error))
+
+    def _place(self, message: ToTrusted) -> Sequence[memoryview]:
+        """Refuse all but an answer that is due, before a byte of it is read."""
+        if isinstance(message, Failure):
+            return ()
+        if isinstance(message, Welcome):
+            raise ProtocolError("a second welcome")
+        pending = self._pending.get(message.id)
+        if pending is None:
+            raise ProtocolError(f"an answer to request {message.id}, which is not in flight")
+        if not message.tensors and pending.acknowledged is not None:
+            return ()
+        want = pending.wants.get(message.tensors[0].name) if len(message.tensors) == 1 else None
+        if want is None or want.ref != message.tensors[0]:
+            raise ProtocolError(f"an answer to request {message.id} that is not what was asked for")
+        return () if self._shared else (raw(want.tensor),)
+
+    def _resolve(self, message: Result) -> None:
+        self.worker_nanoseconds += message.nanoseconds
+        pending = self._pending.get(message.id)
+        if pending is None:
+            return  # the link was closed meanwhile
+        want = pending.wants.pop(message.tensors[0].name, None) if message.tensors else None
+        if not pending.wants and self._pending.pop(message.id, None) is not None:
+            self._recycle(pending.sent)
+            if pending.acknowledged is not None:
+                pending.acknowledged.set_result(None)
+        if want is not None:
+            self.bytes_received += size_of(want.ref)
+            if want.tensor.numel():
+                self._replies[want.tensor.data_ptr()] = want.block
+            want.future.set_result(want.tensor)
+
+    def _report(self, message: Failure) -> None:
+        why = _printable(message.message)
+        if message.id == 0:
+            raise ProtocolError(f"it closed the connection: {why}")
+        pending = self._pending.pop(message.id, None)
+        if pending is None:
+            raise ProtocolError(f"a failure of request {message.id}, which is not in flight")
+        where = f"worker {self.address}"
+        if not isinstance(pending.request, Probe):
+            where += f", layer {pending.request.layer}"
+        if message.code == "out-of-memory":
+            advice = "raise its --memory-limit, use a smaller batch, or add workers"
+            self._fail(pending, WorkerOutOfMemoryError(f"{where}: out of memory: {why}; {advice}"))
+        else:
+            self._fail(pending, WorkerFailedError(f"{where}: {message.code}: {why}"))
+
+    # --- endings ---
+
+    def _broken(self, error: Exception) -> WorkerLostError:
+        lost = WorkerLostError(f"worker {self.address}: connection lost: {error}")
+        lost.__cause__ = error
+        return lost
+
+    def _lose(self, error: WorkerError) -> None:
+        """Fail everything in flight and everything to come."""
+        with self._lock:
+            if self._lost is None:
+                self._lost = error
+            self._channel.stream.shutdown()
+            while self._pending:
+                self._fail(self._pending.popitem()[1], self._lost)
+
+    def _fail(self, pending: _Pending, error: WorkerError) -> None:
+        self._recycle(pending.sent)
+        while pending.wants:
+            _, want = pending.wants.popitem()
+            self._incoming.give(want.block)
+            want.future.set_exception(error)
+        if pending.acknowledged is not None:
+            pending.acknowledged.set_exception(error)
+
+    def _recycle(self, sent: list[Block]) -> None:
+        for block in sent:
+            self._outgoing.give(block)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a worker's process, whose connection has ended, to end too; help it if it does not."""
+    try:
+        process.wait(_STOP_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _take(pool: BlockPool, shape: Shape, dtype: torch.dtype) -> tuple[Block, Tensor]:
+    block = pool.take(prod(shape) * dtype.itemsize)
+    return block, block.tensor(shape, dtype)
+
+
+def _reference(name: str, block: Block, tensor: Tensor) -> TensorRef:
+    return TensorRef(name, NAMES[tensor.dtype], tuple(tensor.shape), block.segment, block.offset)
+
+
+def _printable(text: str) -> str:
+    """What a worker says, made safe to show."""
+    return "".join(char if char.isprintable() else " " for char in text)[:500]

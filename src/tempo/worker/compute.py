@@ -1,0 +1,194 @@
+"""The arithmetic of a worker: products, their gradients, and where kept tensors live."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from tempo.wire.memory import Block
+from tempo.wire.messages import Conv, Linear, Product, Shape
+from tempo.worker.budget import Account
+from tempo.worker.refusal import Refusal
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A tensor that arrived: in a block of our own, or (``block`` None) in memory that the other side will reuse."""
+
+    tensor: Tensor
+    block: Block | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A tensor under a number, until ``free`` is called."""
+
+    tensor: Tensor
+    free: Callable[[], None]
+
+
+class Compute(ABC):
+    """What a session asks of its device. Results are written to ``out``, in its dtype."""
+
+    description: str
+
+    @abstractmethod
+    def keep(self, incoming: Incoming, account: Account) -> Kept:
+        """Make ``incoming`` last; takes over its block."""
+
+    @abstractmethod
+    def forward(self, product: Product, x: Tensor, w: Tensor, out: Tensor) -> None:
+        """``y`` from ``x`` and ``w``."""
+
+    @abstractmethod
+    def input_gradient(self, product: Product, g: Tensor, w: Tensor, out: Tensor) -> None:
+        """``dx`` from ``g`` and ``w``."""
+
+    @abstractmethod
+    def weight_gradient(self, product: Product, g: Tensor, x: Tensor, out: Tensor) -> None:
+        """``dw`` from ``g`` and ``x``."""
+
+    @abstractmethod
+    def probe(self, size: int) -> None:
+        """Multiply two ``size``×``size`` matrices."""
+
+    @abstractmethod
+    def fill(self, out: Tensor) -> None:
+        """Put something harmless into ``out``."""
+
+
+@final
+class TorchCompute(Compute):
+    """Real arithmetic on a CPU or GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on_host = device.type == "cpu"
+        name = "" if self.on_host else f" ({torch.cuda.get_device_name(device)})"
+        self.description = f"{device}{name}"
+
+    def keep(self, incoming: Incoming, account: Account) -> Kept:
+        """On the host a block of our own is kept as it is; what lies in shared memory is copied."""
+        pool, block, tensor = account.pool, incoming.block, incoming.tensor
+        if self.on_host:
+            if block is None:
+                block = pool.take(tensor.nbytes)
+                tensor = block.tensor(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+            return Kept(tensor, lambda: pool.give(block))
+        size = tensor.nbytes
+        try:
+            account.reserve(size)
+            try:
+                tensor = tensor.to(self.device)
+            except BaseException:
+                account.release(size)
+                raise
+        finally:
+            if block is not None:
+                pool.give(block)
+        return Kept(tensor, lambda: account.release(size))
+
+    def forward(self, product: Product, x: Tensor, w: Tensor, out: Tensor) -> None:
+        """``x wᵀ``, or the convolution."""
+        x, w = self._operands(x, w)
+        if isinstance(product, Linear):
+            self._multiply(x, w.t(), out)
+        else:
+            out.copy_(_convolve(product, x, w))
+
+    def input_gradient(self, product: Product, g: Tensor, w: Tensor, out: Tensor) -> None:
+        """``g w``, or the convolution's."""
+        g, w = self._operands(g, w)
+        if isinstance(product, Linear):
+            self._multiply(g, w, out)
+        else:
+            shape_only = w.new_empty(1).expand(out.shape)
+            out.copy_(_convolve_backward(product, g, shape_only, w, 0))
+
+    def weight_gradient(self, product: Product, g: Tensor, x: Tensor, out: Tensor) -> None:
+        """``gᵀ x``, or the convolution's."""
+        g, x = self._operands(g, x)
+        if isinstance(product, Linear):
+            self._multiply(g.t(), x, out)
+        else:
+            shape_only = x.new_empty(1).expand(out.shape)
+            out.copy_(_convolve_backward(product, g, x, shape_only, 1))
+
+    def probe(self, size: int) -> None:
+        """Returns when the product is there."""
+        a = torch.ones(size, size, device=self.device)
+        torch.mm(a, a)
+        if not self.on_host:
+            torch.cuda.synchronize(self.device)
+
+    def fill(self, out: Tensor) -> None:
+        """Zeros."""
+        out.zero_()
+
+    def _operands(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        return a.to(self.device, dtype), b.to(self.device, dtype)
+
+    def _multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        if self.on_host and out.dtype == a.dtype:
+            torch.mm(a, b, out=out)
+        else:
+            out.copy_(torch.mm(a, b))
+
+
+def output_shape(product: Product, x: Shape, w: Shape) -> Shape:
+    """The shape of ``y``.
+
+    Raises:
+        Refusal: The operands do not fit the product.
+    """
+    if isinstance(product, Linear):
+        if len(x) == 2 and len(w) == 2 and x[1] == w[1]:
+            return x[0], w[0]
+        raise Refusal("bad-request", f"linear product of x{list(x)} and w{list(w)}")
+    axes = len(product.stride)
+    fits = (
+        1 <= axes == len(product.padding) == len(product.dilation) == len(x) - 2 == len(w) - 2
+        and min(product.stride) > 0
+        and min(product.dilation) > 0
+        and x[1] == w[1] * product.groups
+        and w[0] % product.groups == 0
+        and min(w[2:]) > 0
+    )
+    if fits:
+        reach = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(product.dilation, w[2:])]
+        padded = [size + 2 * padding for size, padding in zip(x[2:], product.padding)]
+        if all(size >= need for size, need in zip(padded, reach)):
+            spatial = ((size - need) // stride + 1 for size, need, stride in zip(padded, reach, product.stride))
+            return x[0], w[0], *spatial
+    raise Refusal("bad-request", f"convolution of x{list(x)} and w{list(w)} with {product}")
+
+
+def _convolve(product: Conv, x: Tensor, w: Tensor) -> Tensor:
+    return torch.convolution(
+        x, w, None, product.stride, product.padding, product.dilation, False, [0] * len(product.stride), product.groups
+    )
+
+
+def _convolve_backward(product: Conv, g: Tensor, x: Tensor, w: Tensor, which: int) -> Tensor:
+    gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        g,
+        x,
+        w,
+        None,
+        product.stride,
+        product.padding,
+        product.dilation,
+        False,
+        [0] * len(product.stride),
+        product.groups,
+        [which == 0, which == 1, False],
+    )
+    return gradients[which]

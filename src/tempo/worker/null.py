@@ -1,0 +1,57 @@
+"""The null worker: answers at once, with finite numbers that mean nothing. For benchmarks of the trusted side."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from tempo.wire.messages import Product
+from tempo.worker.budget import Account
+from tempo.worker.compute import Compute, Incoming, Kept
+
+
+@final
+class NullCompute(Compute):
+    """No arithmetic and no copies.
+
+    Each place an answer goes to is filled once with small numbers, and again only when its dtype or extent changes.
+    """
+
+    description = "null (answers mean nothing)"
+
+    def __init__(self) -> None:
+        self._filled: dict[int, tuple[torch.dtype, int]] = {}
+
+    def keep(self, incoming: Incoming, account: Account) -> Kept:
+        """Only the shape."""
+        if incoming.block is not None:
+            account.pool.give(incoming.block)
+        shape_only = torch.empty(incoming.tensor.shape, dtype=incoming.tensor.dtype, device="meta")
+        return Kept(shape_only, lambda: None)
+
+    def forward(self, product: Product, x: Tensor, w: Tensor, out: Tensor) -> None:
+        """Something."""
+        self.fill(out)
+
+    def input_gradient(self, product: Product, g: Tensor, w: Tensor, out: Tensor) -> None:
+        """Something."""
+        self.fill(out)
+
+    def weight_gradient(self, product: Product, g: Tensor, x: Tensor, out: Tensor) -> None:
+        """Something."""
+        self.fill(out)
+
+    def probe(self, size: int) -> None:
+        """Instant."""
+
+    def fill(self, out: Tensor) -> None:
+        """Small numbers, unless they are there already."""
+        kind = out.dtype, out.nbytes
+        if self._filled.get(out.data_ptr()) != kind:
+            if out.is_floating_point():
+                out.uniform_(-0.01, 0.01)
+            else:
+                out.zero_()
+            self._filled[out.data_ptr()] = kind
