@@ -122,7 +122,8 @@ class Link:
         except BaseException:
             stream.close()
             raise
-        stream.timeout = settings.request_timeout
+        stream.set_timeout(settings.request_timeout)
+        self._timeout = settings.request_timeout
         self._shared = isinstance(stream, SocketStream) and stream.is_unix and "shm" in self.welcome.capabilities
         # Two pools, so that what comes back never lies where this side wrote something.
         self._outgoing: BlockPool = SharedPool(self._segments) if self._shared else PrivatePool()
@@ -293,7 +294,7 @@ class Link:
                     message = self._channel.receive(self._place)
                 except TimeoutError as error:
                     oldest = min((pending.since for pending in list(self._pending.values())), default=None)
-                    if oldest is not None and time.monotonic() - oldest >= (self._channel.stream.timeout or 0):
+                    if oldest is not None and time.monotonic() - oldest >= self._timeout:
                         raise EOFError(f"no answer, {error}") from None
                     continue
                 if isinstance(message, Result):

@@ -12,10 +12,13 @@ import msgspec
 from tempo.errors import ProtocolError
 from tempo.wire.frame import HEADER_LIMIT, PREFIX, M, decode, encode, parse_prefix
 from tempo.wire.messages import ToTrusted, ToWorker
-from tempo.wire.stream import CHUNK, SocketStream, Stream
+from tempo.wire.stream import CHUNK, Stream
 
 Place = Callable[[M], Sequence[memoryview] | None]
 """Given a checked message, where its inline tensors go; None discards them. Raises `ProtocolError` to refuse."""
+
+_AHEAD = 8 << 10
+"""Bytes read at once where a frame is due: enough for most headers, little enough to move twice."""
 
 
 @final
@@ -26,24 +29,17 @@ class Channel(Generic[M]):
         stream: The byte stream below.
         decoder: `frame.TO_WORKER` or `frame.TO_TRUSTED`: what may arrive.
         segment_size: Bytes of a segment of shared memory, 0 for an unknown one; None where nothing is shared.
-        descriptors: Whether file descriptors may arrive.
     """
 
     def __init__(
-        self,
-        stream: Stream,
-        decoder: msgspec.msgpack.Decoder[M],
-        segment_size: Callable[[int], int] | None,
-        *,
-        descriptors: bool = False,
+        self, stream: Stream, decoder: msgspec.msgpack.Decoder[M], segment_size: Callable[[int], int] | None
     ) -> None:
         self.stream = stream
-        self._segment_size = segment_size
-        self._descriptors = descriptors
         self._decoder: msgspec.msgpack.Decoder[M] = decoder
+        self._segment_size = segment_size
         self._sending = threading.Lock()
-        self._prefix = memoryview(bytearray(PREFIX.size))
-        self._header = memoryview(bytearray(HEADER_LIMIT))
+        self._buffer = memoryview(bytearray(PREFIX.size + HEADER_LIMIT + _AHEAD))
+        self._begin = self._end = 0  # what was read and not yet used
 
     def send(
         self, message: ToWorker | ToTrusted, payload: Sequence[memoryview] = (), descriptor: int | None = None
@@ -61,48 +57,60 @@ class Channel(Generic[M]):
             TimeoutError: Nothing came for the stream's timeout, between two frames.
             ProtocolError: The frame is malformed or incomplete, or ``place`` refused it.
         """
-        begun = self._begin()
+        if self._begin == self._end:
+            self._begin = self._end = 0
+            self._read_ahead()
         try:
-            self.stream.read(self._prefix[begun:])
-            header_length, payload = parse_prefix(self._prefix)
-            header = self._header[:header_length]
-            self.stream.read(header)
-            message = decode(self._decoder, header, payload, self._segment_size)
+            header_length, payload = parse_prefix(self._next(PREFIX.size))
+            message = decode(self._decoder, self._next(header_length), payload, self._segment_size)
             views = place(message)
             if views is None:
                 self._discard(payload)
             else:
                 for view in views:
-                    self.stream.read(view)
+                    self._fill(view)
         except (EOFError, TimeoutError) as error:
             raise ProtocolError(f"truncated frame: {error}") from None
         return message
 
     def take_descriptor(self) -> int:
         """The file descriptor that came with the message just received."""
-        descriptors = self.stream.descriptors if isinstance(self.stream, SocketStream) else []
-        if len(descriptors) != 1:
-            raise ProtocolError(f"a segment was announced with {len(descriptors)} descriptors")
-        return descriptors.pop()
+        if not self.stream.descriptors:
+            raise ProtocolError("a segment was announced without its descriptor")
+        return self.stream.descriptors.popleft()
 
-    def drop_descriptors(self) -> None:
-        """Close descriptors that came uninvited."""
-        if isinstance(self.stream, SocketStream):
-            while self.stream.descriptors:
-                os.close(self.stream.descriptors.pop())
+    def close(self) -> None:
+        """Close the stream, and descriptors that came uninvited."""
+        while self.stream.descriptors:
+            os.close(self.stream.descriptors.popleft())
+        self.stream.close()
 
-    def _begin(self) -> int:
-        if self._descriptors and isinstance(self.stream, SocketStream):
-            count = self.stream.read_some_with_descriptors(self._prefix)
-        else:
-            count = self.stream.read_some(self._prefix)
+    def _read_ahead(self) -> None:
+        count = self.stream.read_some(self._buffer[self._end : self._end + _AHEAD])
         if count == 0:
             raise EOFError("the other end closed the connection")
-        return count
+        self._end += count
+
+    def _next(self, count: int) -> memoryview:
+        """The next ``count`` bytes of prefix or header; valid until the next call."""
+        if len(self._buffer) - self._begin < count + _AHEAD:
+            left = self._end - self._begin
+            self._buffer[:left] = self._buffer[self._begin : self._end]
+            self._begin, self._end = 0, left
+        while self._end - self._begin < count:
+            self._read_ahead()
+        self._begin += count
+        return self._buffer[self._begin - count : self._begin]
+
+    def _fill(self, view: memoryview) -> None:
+        ready = min(self._end - self._begin, len(view))
+        view[:ready] = self._buffer[self._begin : self._begin + ready]
+        self._begin += ready
+        self.stream.read(view[ready:])
 
     def _discard(self, count: int) -> None:
         scratch = memoryview(bytearray(min(count, CHUNK)))
         while count:
             view = scratch[: min(count, CHUNK)]
-            self.stream.read(view)
+            self._fill(view)
             count -= len(view)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Final, final
 
 from tempo.wire.messages import Forget, Request
@@ -31,38 +31,37 @@ class JobQueue:
     """Jobs in order, bounded in number and bytes, so that receiving can run ahead only so far."""
 
     def __init__(self) -> None:
-        self._jobs: deque[Job] = deque()
-        self._bytes = 0
-        self._changed = threading.Condition()
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()  # wakes a waiting thread sooner than a Condition
+        self._room = threading.Condition()
+        self._count = self._bytes = 0
         self._closed = False
 
     def put(self, job: Job) -> None:
         """Append, waiting for room."""
-        with self._changed:
-            while not self._closed and self._jobs and self._full(job):
-                self._changed.wait()
-            self._jobs.append(job)
+        with self._room:
+            while not self._closed and self._count and self._full(job):
+                self._room.wait()
+            self._count += 1
             self._bytes += job.size
-            self._changed.notify()
+        self._jobs.put(job)
 
     def get(self) -> Job | None:
-        """The next job; None once closed."""
-        with self._changed:
-            while not self._closed and not self._jobs:
-                self._changed.wait()
-            if self._closed:
-                return None
-            job = self._jobs.popleft()
+        """The next job; None once closed, when what is left has nobody to be answered to."""
+        job = self._jobs.get()
+        if job is None or self._closed:
+            return None
+        with self._room:
+            self._count -= 1
             self._bytes -= job.size
-            self._changed.notify()
-            return job
+            self._room.notify()
+        return job
 
     def close(self) -> None:
-        """Drop what is left: nobody is there to be answered."""
-        with self._changed:
+        """Wake both sides."""
+        with self._room:
             self._closed = True
-            self._jobs.clear()
-            self._changed.notify_all()
+            self._room.notify()
+        self._jobs.put(None)
 
     def _full(self, job: Job) -> bool:
-        return self._bytes + job.size > QUEUE_BYTES or len(self._jobs) >= QUEUE_JOBS
+        return self._bytes + job.size > QUEUE_BYTES or self._count >= QUEUE_JOBS

@@ -57,7 +57,7 @@ class Server:
 
     def serve(self, sock: socket.socket, peer: str) -> None:
         """Serve one connected socket without TLS, until it ends."""
-        self._run(SocketStream(sock), peer)
+        self._run(SocketStream(sock, descriptors=sock.family == socket.AF_UNIX), peer)
 
     def listen(self, where: str) -> str:
         """Bind to ``HOST:PORT`` or ``unix:PATH``; returns where, with the port that was chosen for port 0."""
@@ -98,7 +98,7 @@ class Server:
     def _admit(self, sock: socket.socket, peer: str) -> None:
         try:
             if sock.family == socket.AF_UNIX or self._options.insecure_no_tls:
-                stream: Stream = SocketStream(sock)
+                stream: Stream = SocketStream(sock, descriptors=sock.family == socket.AF_UNIX)
             else:
                 stream = TLSStream(identity.accept(sock, self._context(), HANDSHAKE_TIMEOUT))
             self._run(stream, peer)

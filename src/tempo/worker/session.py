@@ -36,11 +36,8 @@ class Session:
 
     def __init__(self, stream: Stream, compute: Compute, budget: Budget, peer: str, transcripts: Path | None) -> None:
         self._compute, self._budget, self._peer, self._transcripts = compute, budget, peer, transcripts
-        shared = isinstance(stream, SocketStream) and stream.is_unix
-        self._segments = MappedSegments() if shared else None
-        self._channel: Channel[ToWorker] = Channel(
-            stream, TO_WORKER, self._segments.size if self._segments else None, descriptors=shared
-        )
+        self._segments = MappedSegments() if isinstance(stream, SocketStream) and stream.is_unix else None
+        self._channel: Channel[ToWorker] = Channel(stream, TO_WORKER, self._segments.size if self._segments else None)
         self._account = budget.open()
         self._queue = JobQueue()
         self._arriving: Job | None = None
@@ -67,13 +64,12 @@ class Session:
             self._channel.stream.shutdown()
             if worker is not None:
                 worker.join()
-            self._channel.drop_descriptors()
-            self._channel.stream.close()
+            self._channel.close()
             self._account.close()
 
     def _greet(self) -> Executor:
         stream = self._channel.stream
-        stream.timeout = HELLO_TIMEOUT
+        stream.set_timeout(HELLO_TIMEOUT)
         hello = self._channel.receive(_nothing_but_hello)
         if not isinstance(hello, Hello):
             raise ProtocolError(f"{type(hello).__name__} before hello")
@@ -84,7 +80,7 @@ class Session:
             )
             self._channel.send(Failure(0, "refused", message))
             raise EOFError(message)
-        stream.timeout = None
+        stream.set_timeout(None)
         transcript = None if self._transcripts is None else Transcript(self._transcripts, hello.session)
         capabilities = () if self._segments is None else ("shm",)
         self._channel.send(
@@ -99,7 +95,6 @@ class Session:
             if self._segments is None:
                 raise ProtocolError("a segment announced on a connection without shared memory")
             self._segments.accept(message.segment, message.size, self._channel.take_descriptor())
-        self._channel.drop_descriptors()
         job, self._arriving = self._arriving, None
         if job is not None:
             self._queue.put(job)
@@ -137,7 +132,7 @@ class Session:
         return Incoming(block.tensor(ref.shape, DTYPES[ref.dtype]), block)
 
     def _say_goodbye(self, why: str) -> None:
-        self._channel.stream.timeout = 1.0
+        self._channel.stream.set_timeout(1.0)
         try:
             self._channel.send(Failure(0, "bad-request", why[:1000]))
         except OSError:
