@@ -160,9 +160,10 @@ class Link:
 
     def empty(self, shape: Shape, dtype: torch.dtype) -> Tensor:
         """A send buffer. Write to it once, nothing but what the worker may see, and pass it to `request`."""
+        if 0 in shape:
+            return torch.empty(shape, dtype=dtype)
         block, tensor = _take(self._outgoing, shape, dtype)
-        if tensor.numel():
-            self._lent[tensor.data_ptr()] = block
+        self._lent[tensor.data_ptr()] = block
         return tensor
 
     def request(
@@ -217,13 +218,12 @@ class Link:
     def close(self) -> None:
         """End the connection and wait for its thread. In a forked child only the descriptor is freed."""
         if os.getpid() != self._owner:
-            self._channel.stream.close()
+            self._channel.close()
             return
-        with self._lock:
-            self._lose(WorkerLostError(f"worker {self.address}: the connection was closed"))
+        self._lose(WorkerLostError(f"worker {self.address}: the connection was closed"))
         if threading.current_thread() is not self._receiver:
             self._receiver.join()
-        self._channel.stream.close()
+        self._channel.close()
         self._segments.close()
         if self.process is not None:
             stop(self.process)
@@ -334,6 +334,8 @@ class Link:
             self.bytes_received += size_of(want.ref)
             if want.tensor.numel():
                 self._replies[want.tensor.data_ptr()] = want.block
+            else:
+                self._incoming.give(want.block)
             want.future.set_result(want.tensor)
 
     def _report(self, message: Failure) -> None:
@@ -361,10 +363,10 @@ class Link:
 
     def _lose(self, error: WorkerError) -> None:
         """Fail everything in flight and everything to come."""
+        if self._lost is None:
+            self._lost = error
+        self._channel.stream.shutdown()  # before the lock: it wakes a sender that holds it
         with self._lock:
-            if self._lost is None:
-                self._lost = error
-            self._channel.stream.shutdown()
             while self._pending:
                 self._fail(self._pending.popitem()[1], self._lost)
 

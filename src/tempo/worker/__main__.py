@@ -51,9 +51,12 @@ def worker(
         where = server.listen(listen)
         log.info("listening on %s%s", where, " WITHOUT TLS" if insecure_no_tls else "")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        server.accept_forever()
+        try:
+            server.accept_forever()
+        finally:
+            server.close()
     except TempoError as error:
-        sys.exit(f"tempo worker: {error}")
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -74,7 +74,9 @@ class Executor:
         except (torch.OutOfMemoryError, MemoryError):
             torch.cuda.empty_cache()
             self._refuse(message, "out-of-memory", f"device {self._compute.description} is out of memory")
-        except RuntimeError as error:
+        except OSError:
+            raise
+        except Exception as error:
             full = "allocate memory" in str(error)
             self._refuse(message, "out-of-memory" if full else "failed", str(error).partition("\n")[0][:500])
         finally:

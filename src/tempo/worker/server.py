@@ -53,11 +53,12 @@ class Server:
         self._budget = Budget(parse_size(options.memory_limit) if options.memory_limit else _memory(self._compute))
         self._slots = threading.BoundedSemaphore(SESSION_LIMIT)
         self._listener: socket.socket | None = None
+        self._closed = threading.Event()
         log.info("device %s, memory limit %s", self._compute.description, human(self._budget.limit))
 
     def serve(self, sock: socket.socket, peer: str) -> None:
         """Serve one connected socket without TLS, until it ends."""
-        self._run(SocketStream(sock, descriptors=sock.family == socket.AF_UNIX), peer)
+        self._run(_plain(sock), peer)
 
     def listen(self, where: str) -> str:
         """Bind to ``HOST:PORT`` or ``unix:PATH``; returns where, with the port that was chosen for port 0."""
@@ -77,12 +78,14 @@ class Server:
 
     def accept_forever(self) -> None:
         """Accept connections until `close`."""
-        assert self._listener is not None, "listen first"  # noqa: S101 - for the type checker
-        while True:
+        while (listener := self._listener) is not None:
             try:
-                sock, name = self._listener.accept()
-            except OSError:
-                return  # closed
+                sock, name = listener.accept()
+            except OSError as error:
+                if self._listener is not None:
+                    log.warning("cannot accept: %s", error)
+                    self._closed.wait(1.0)  # too many open files, most likely: some will be closed
+                continue
             peer = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "unix"
             if not self._slots.acquire(blocking=False):
                 log.warning("%s: turned away, %d connections are open", peer, SESSION_LIMIT)
@@ -92,13 +95,22 @@ class Server:
 
     def close(self) -> None:
         """Stop listening; open sessions go on."""
-        if self._listener is not None:
-            self._listener.close()
+        listener, self._listener = self._listener, None
+        if listener is None:
+            return
+        self._closed.set()
+        path = listener.getsockname() if listener.family == socket.AF_UNIX else None
+        try:
+            listener.shutdown(socket.SHUT_RDWR)  # wakes who waits in accept
+        finally:
+            listener.close()
+            if path:
+                Path(path).unlink(missing_ok=True)
 
     def _admit(self, sock: socket.socket, peer: str) -> None:
         try:
             if sock.family == socket.AF_UNIX or self._options.insecure_no_tls:
-                stream: Stream = SocketStream(sock, descriptors=sock.family == socket.AF_UNIX)
+                stream: Stream = _plain(sock)
             else:
                 stream = TLSStream(identity.accept(sock, self._context(), HANDSHAKE_TIMEOUT))
             self._run(stream, peer)
@@ -115,6 +127,10 @@ class Server:
 
     def _context(self) -> identity.Context:
         return identity.load(self._options.identity, self._options.peers, server=True)
+
+
+def _plain(sock: socket.socket) -> SocketStream:
+    return SocketStream(sock, descriptors=sock.family == socket.AF_UNIX)
 
 
 def _compute(options: Options) -> Compute:
