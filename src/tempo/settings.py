@@ -28,6 +28,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     wire_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What masked tensors travel as; ``auto`` follows the layer's compute dtype (float16 travels as float32)."""
 
+    divide_flops: Annotated[int, Meta(ge=1)] = 1 << 27
+    """Products below this many FLOPs go whole to one worker: dividing them costs more round trips than it saves."""
+
     rekey_rows: Annotated[int, Meta(ge=1)] = 1 << 17
     """A weight's masks expire after serving this many rows, evaluation included."""
 

@@ -24,9 +24,6 @@ from tempo.settings import Settings
 if TYPE_CHECKING:
     from tempo.engine.product import Product
 
-SMALL_FLOPS = 1 << 27
-"""Products below this go whole to one worker: dividing them would cost more round trips than it saves."""
-
 
 class Engine:
     """What the products of one session share.
@@ -84,7 +81,7 @@ class Engine:
         self.check_open()
         shares = self.planner.shares
         everyone = [Target(i, link.address.operator, shares[i]) for i, link in enumerate(self.links)]
-        if flops < SMALL_FLOPS or rows < len(everyone):
+        if flops < self.settings.divide_flops or rows < len(everyone):
             return [everyone[number % len(everyone)]]
         return everyone
 

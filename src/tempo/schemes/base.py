@@ -41,11 +41,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """Tensors addressed to one worker (``x``, ``w`` or ``g``, plus whatever a scheme adds) for a part of the rows."""
+    """Tensors addressed to one worker (``x``, ``w`` or ``g``, plus whatever a scheme adds) for a part of the rows (of axis 0)."""
 
     worker: int
     tensors: dict[str, Tensor]
-    rows: slice = slice(None)
+    rows: slice
 
 
 @dataclass(frozen=True, slots=True)

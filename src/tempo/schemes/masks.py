@@ -157,6 +157,8 @@ def sandwich(x: Tensor, rows: Gather | None, columns: Gather | None, out: Tensor
     Where ``x`` is a grouped convolution's weight, axis 1 counts channels within a group, and ``columns`` spans all
     groups: row ``i`` then uses the columns of its own group.
     """
+    if out.numel() == 0:
+        return
     if rows is None and columns is None:
         out.copy_(x)
     elif x.dim() == 2:

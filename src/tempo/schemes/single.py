@@ -40,8 +40,9 @@ class SingleMaskScheme(Scheme):
         """Mask once, then copy: every worker may see the same masked bytes."""
         A, P = self.feature_masks(key, w.shape[1] * problem.groups, w.shape[0], problem.groups)
         masks = Masks(A=A, P=P)
+        whole = slice(0, w.shape[0])
         operands = [
-            Operand(target.worker, {"w": empty(target.worker, tuple(w.shape), problem.wire_dtype)})
+            Operand(target.worker, {"w": empty(target.worker, tuple(w.shape), problem.wire_dtype)}, whole)
             for target in targets
         ]
         first = operands[0].tensors["w"]

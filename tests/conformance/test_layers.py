@@ -1,0 +1,81 @@
+"""Every scheme × layer × dtype × (training, evaluation) against plain PyTorch, over generated shapes.
+
+Bounds are on the relative error (norm) of the output and of every gradient. In float32 and float64 they are against
+plain PyTorch in the same dtype. Half precisions round at every step, so plain PyTorch is itself off by about its
+epsilon; there, both are compared with the float64 result, and the protected one may be off by the stated multiple.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from conformance.cases import CASES, Case
+from tempo import schemes
+
+BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-5}
+HALF_BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def run(case: Case, module: nn.Module, dtype: torch.dtype, training: bool, g: Tensor) -> list[Tensor]:
+    """The output and, in training, every gradient."""
+    module.to(dtype).train(training)
+    module.zero_grad()
+    x = case.x.to(dtype).requires_grad_(training)
+    if not training:
+        with torch.no_grad():
+            return [case.call(module, x)]
+    y = case.call(module, x)
+    y.backward(g.to(dtype).expand_as(y))
+    gradients = [p.grad for p in module.parameters()]
+    return [y.detach(), x.grad, *(grad for grad in gradients if grad is not None)]
+
+
+def error(actual: Tensor, expected: Tensor, scale: float) -> float:
+    return float((actual.double() - expected.double()).norm() / max(float(expected.double().norm()), scale))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # plain PyTorch's own
+@pytest.mark.parametrize("workers_used", [1, 2, 3])
+@pytest.mark.parametrize("layer", CASES)
+@pytest.mark.parametrize("scheme", schemes.names())
+def test_layers_give_the_numbers_of_plain_pytorch(connect, scheme, layer, workers_used):
+    session = connect(workers_used, scheme=scheme)
+    session._engine.planner.shares = [0.5, 0.3, 0.2][:workers_used]
+
+    @settings(settings.get_profile("conformance"))
+    @given(data=st.data(), dtype=st.sampled_from([*BOUNDS, *HALF_BOUNDS]), training=st.booleans())
+    def check(data, dtype, training):
+        torch.manual_seed(0)
+        case = CASES[layer](data.draw)
+        reference = copy.deepcopy(case.module)
+        with torch.no_grad():
+            g = torch.randn_like(case.call(reference, case.x))
+        exact = run(case, copy.deepcopy(reference), torch.float64, training, g)
+        plain = run(case, copy.deepcopy(reference), dtype, training, g)
+        # Attention and normalisation can cancel almost to zero; errors are relative to the largest result then.
+        scale = 1e-3 * max(float(t.norm()) for t in exact)
+        before = session.stats()
+        protected = session.protect(copy.deepcopy(reference))
+        for _ in range(2):  # the second time, layers that share their input do
+            results = run(case, protected, dtype, training, g)
+        used = session.stats() - before
+        assert used.flops_trusted == 0
+        assert used.flops_offloaded > 0
+        assert used.encryptions["x"] > 0
+        session.unprotect(protected)
+        assert len(results) == len(exact)
+        for actual, same_dtype, true in zip(results, plain, exact, strict=True):
+            assert actual.dtype == same_dtype.dtype
+            assert actual.shape == same_dtype.shape
+            if dtype in BOUNDS:
+                assert error(actual, same_dtype, scale) <= BOUNDS[dtype]
+            else:
+                assert error(actual, true, scale) <= HALF_BOUNDS[dtype] + 2 * error(same_dtype, true, scale)
+
+    check()
