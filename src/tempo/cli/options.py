@@ -16,7 +16,7 @@ Workers = Annotated[
     typer.Option(
         "--workers",
         metavar="ADDRESS[,ADDRESS...]",
-        help="Workers as [group:]host:port[@operator]; local ones are started if none are given.",
+        help="Workers as \\[group:]host:port\\[@operator]; local ones are started if none are given.",
     ),
 ]
 Plain = Annotated[bool, typer.Option("--plain", help="Compute everything here, without protection, to compare.")]

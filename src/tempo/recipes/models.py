@@ -34,6 +34,8 @@ class VitSmall(_Architecture, frozen=True, tag="vit-small"):
     mlp: Count = 256
     patch: Count = 2
     dropout: Fraction = 0.0
+    init: Annotated[float, Meta(gt=0)] = 0.05
+    """Standard deviation of the initial weights; narrow networks want more than ViT's usual 0.02."""
 
     def build(self, channels: int, size: int, classes: int) -> nn.Module:
         """The network."""
@@ -49,6 +51,7 @@ class VitSmall(_Architecture, frozen=True, tag="vit-small"):
             num_attention_heads=self.heads,
             intermediate_size=self.mlp,
             hidden_dropout_prob=self.dropout,
+            initializer_range=self.init,
             image_size=size,
             patch_size=self.patch,
             num_channels=channels,
@@ -66,6 +69,7 @@ class VitB(VitSmall, frozen=True, tag="vit-b"):
     heads: Count = 12
     mlp: Count = 3072
     patch: Count = 4
+    init: Annotated[float, Meta(gt=0)] = 0.02
 
 
 class ResNet50(_Architecture, frozen=True, tag="resnet50"):
