@@ -301,7 +301,7 @@ class Link:
                     self._resolve(message)
                 elif isinstance(message, Failure):
                     self._report(message)
-        except (OSError, EOFError, ProtocolError) as error:
+        except Exception as error:  # whatever it was, nobody may wait for ever
             self._lose(self._broken(error))
 
     def _place(self, message: ToTrusted) -> Sequence[memoryview]:

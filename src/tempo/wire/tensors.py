@@ -23,5 +23,5 @@ def size_of(ref: TensorRef) -> int:
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
     if tensor.numel() == 0:
-        return memoryview(b"")
+        return memoryview(bytearray())
     return tensor.detach().view(-1).view(torch.uint8).numpy().data

@@ -35,6 +35,7 @@ class JobQueue:
         self._room = threading.Condition()
         self._count = self._bytes = 0
         self._closed = False
+        self._current: Job | None = None
 
     def put(self, job: Job) -> None:
         """Append, waiting for room."""
@@ -46,15 +47,21 @@ class JobQueue:
         self._jobs.put(job)
 
     def get(self) -> Job | None:
-        """The next job; None once closed, when what is left has nobody to be answered to."""
+        """The next job, the one before being done; None once closed, since nobody is left to be answered."""
+        if self._current is not None:
+            with self._room:
+                self._count -= 1
+                self._bytes -= self._current.size
+                self._room.notify()
         job = self._jobs.get()
-        if job is None or self._closed:
-            return None
+        self._current = None if self._closed else job
+        return self._current
+
+    def wait_until_idle(self) -> None:
+        """Wait until all that was put is done."""
         with self._room:
-            self._count -= 1
-            self._bytes -= job.size
-            self._room.notify()
-        return job
+            while self._count and not self._closed:
+                self._room.wait()
 
     def close(self) -> None:
         """Wake both sides."""

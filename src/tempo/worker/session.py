@@ -111,21 +111,28 @@ class Session:
         if message.id <= self._last_id:
             raise ProtocolError(f"request {message.id} after request {self._last_id}")
         self._last_id = message.id
+        if not self._find_room(job, message.tensors):
+            self._queue.wait_until_idle()  # what is about to be forgotten may be just enough
+            if not self._find_room(job, message.tensors):
+                return None
         refs = inline(message)
+        job.size = sum(size_of(ref) for ref in refs)
+        return [raw(job.incoming[ref.name].tensor) for ref in refs]
+
+    def _find_room(self, job: Job, refs: tuple[TensorRef, ...]) -> bool:
+        job.refusal = None
         try:
-            for ref in message.tensors:
-                job.incoming[ref.name] = self._find_room(ref)
+            for ref in refs:
+                job.incoming[ref.name] = self._incoming(ref)
         except (Refusal, MemoryError) as error:
             for incoming in job.incoming.values():
                 if incoming.block is not None:
                     self._account.pool.give(incoming.block)
             job.incoming.clear()
             job.refusal = error if isinstance(error, Refusal) else Refusal("out-of-memory", str(error))
-            return None
-        job.size = sum(size_of(ref) for ref in refs)
-        return [raw(job.incoming[ref.name].tensor) for ref in refs]
+        return job.refusal is None
 
-    def _find_room(self, ref: TensorRef) -> Incoming:
+    def _incoming(self, ref: TensorRef) -> Incoming:
         if ref.segment >= 0 and self._segments is not None:
             return Incoming(self._segments.tensor(ref))
         block = self._account.pool.take(size_of(ref))
