@@ -225,6 +225,9 @@ class Link:
             self._receiver.join()
         self._channel.close()
         self._segments.close()
+        self._outgoing, self._incoming = PrivatePool(), PrivatePool()  # lets go of what is shared
+        self._lent.clear()
+        self._replies.clear()
         if self.process is not None:
             stop(self.process)
 
