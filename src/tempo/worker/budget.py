@@ -56,7 +56,7 @@ class Budget:
         with self._lock:
             accounts = list(self._accounts)
         for account in accounts:
-            account.pool.trim()
+            account.trim()
         if not self._try(size):
             raise Refusal(
                 "out-of-memory",
@@ -89,7 +89,8 @@ class Account:
         self._budget = budget
         self._used = 0
         self._lock = threading.Lock()
-        self.pool = PrivatePool(self.reserve, self.release)
+        self.pool = PrivatePool(self.reserve, self.release)  # for what arrives and is kept
+        self.answers = PrivatePool(self.reserve, self.release)  # for what is sent
 
     def reserve(self, size: int) -> None:
         """Use ``size`` bytes, or raise `Refusal`."""
@@ -103,8 +104,13 @@ class Account:
             self._used -= size
         self._budget.release(size)
 
+    def trim(self) -> None:
+        """Let go of what is only held in reserve."""
+        self.pool.trim()
+        self.answers.trim()
+
     def close(self) -> None:
         """Free all that is left."""
-        self.pool.trim()
+        self.trim()
         self._budget.forget(self)
         self.release(self._used)

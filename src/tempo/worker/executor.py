@@ -110,8 +110,8 @@ class Executor:
     def _destination(self, ref: TensorRef, blocks: ExitStack) -> Tensor:
         if ref.segment >= 0 and self._segments is not None:
             return self._segments.tensor(ref)
-        block = self._account.pool.take(size_of(ref))
-        blocks.callback(self._account.pool.give, block)
+        block = self._account.answers.take(size_of(ref))
+        blocks.callback(self._account.answers.give, block)
         return block.tensor(ref.shape, DTYPES[ref.dtype])
 
     def _refuse(self, message: Request, code: FailureCode, why: str) -> None:

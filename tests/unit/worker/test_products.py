@@ -158,10 +158,11 @@ def test_a_request_that_makes_no_sense_fails_alone(start: Start, x: tuple[int], 
     assert torch.equal(y, torch.ones(2, 4))
 
 
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
-def test_the_null_worker_answers_with_finite_numbers(start: Start, dtype: torch.dtype) -> None:
-    link = start(null=True).link()
-    for other in torch.float64, dtype:  # blocks change their dtype between steps
+def test_the_null_worker_answers_with_finite_numbers(start: Start, dtype: torch.dtype, transport: str) -> None:
+    link = start(null=True).link(transport)
+    for other in torch.float64, dtype, torch.float64, dtype:  # blocks change their dtype between steps
         x, w, g = operands(CONV2D, torch.float32)
         for answer in through(link, CONV2D, x.to(other), w.to(other), g.to(other)):
             assert answer.dtype == other
