@@ -35,7 +35,7 @@ class Keystream:
     def read(self, count: int) -> NDArray[np.uint8]:
         """The next ``count`` bytes."""
         out = np.empty(count, dtype=np.uint8)
-        view = memoryview(out)
+        view = memoryview(out.data)
         for start in range(0, count, len(_ZEROS)):
             part = view[start : start + len(_ZEROS)]
             self._encryptor.update_into(_ZEROS[: len(part)] if len(part) < len(_ZEROS) else _ZEROS, part)

@@ -16,6 +16,7 @@ from tempo.engine.coverage import TrustedProducts
 from tempo.engine.engine import Engine
 from tempo.engine.link import Link
 from tempo.engine.local import start_local_workers
+from tempo.engine.memory import keep_heap
 from tempo.engine.stats import Stats
 from tempo.engine.truth import TruthRecorder
 from tempo.errors import ProtectionWarning, SettingsError
@@ -49,7 +50,7 @@ def connect(*workers: str, settings: Settings | None = None, **fields: Any) -> S
         raise SettingsError(f"connect(): give settings= or single fields, not both ({', '.join(fields)})")
     settings = settings or parse(fields)
     addresses = [Address.parse(worker) for worker in workers]
-    scheme = schemes.create(settings.scheme)
+    schemes.create(settings.scheme)  # a wrong name should not start workers first
     name = secrets.token_hex(8)
     links: list[Link] = []
     try:
@@ -57,28 +58,30 @@ def connect(*workers: str, settings: Settings | None = None, **fields: Any) -> S
             links.extend(Link.connect(address, settings=settings, session=name) for address in addresses)
         else:
             links.extend(start_local_workers(settings, session=name))
-        truth = (
-            TruthRecorder(settings.insecure_record_truth, name, settings.scheme)
-            if settings.insecure_record_truth
-            else None
-        )
-        engine = Engine(settings, scheme, links, truth)
+        return Session(links, settings, name)
     except BaseException:
         for link in links:
             link.close()
         raise
-    return Session(engine, name)
 
 
 class Session:
     """An open session: made by `connect`, closed by `close` or by leaving its ``with`` block.
 
     A session serves one thread at a time. It does not survive a fork; a child that uses it gets an error.
+
+    Args:
+        links: Connections to the workers, which the session closes.
+        settings: Its settings.
+        name: 16 hexadecimal digits, public: names the session in transcripts.
     """
 
-    def __init__(self, engine: Engine, name: str) -> None:
+    def __init__(self, links: Sequence[Link], settings: Settings, name: str) -> None:
+        keep_heap()
+        folder = settings.insecure_record_truth
+        truth = TruthRecorder(folder, name, settings.scheme) if folder else None
         self.name = name
-        self._engine = engine
+        self._engine = Engine(settings, schemes.create(settings.scheme), links, truth)
         self._layers: list[ProtectedLayer] = []
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 

@@ -10,6 +10,7 @@ else, and workers compute ``dW`` while the backward pass goes on. Since ``dW`` s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ def _hand_over(weight_gradients: Callable[[], list[Tensor]], pending: Sequence[_
 
     for index, gate in enumerate(pending):
         if gate is not None:
-            gate.await_gradient = lambda index=index: part(index)  # type: ignore[misc]
+            gate.await_gradient = partial(part, index)
 
 
 def offload(

@@ -41,16 +41,14 @@ class Batch:
         self.name = name
         self.layer = layer
         self.posted: dict[int, Posted] = {}
-        self._futures: dict[str, dict[int, Future[Tensor]]] = {}
+        self._futures: dict[str, dict[int, Future[Any]]] = {}
 
     def post(self, send: Operand, message: type[Store | Forward | Backward], wants: Wants, **fields: Any) -> None:
         """Send ``message`` with the tensors of ``send`` to its worker, asking for ``wants``."""
         engine, worker = self.engine, send.worker
         link, start = engine.links[worker], time.perf_counter()
         with self._named(worker):
-            if wants:
-                fields["wants"] = ()
-            request = message(id=0, step=engine.step, layer=self.layer, tensors=(), **fields)
+            request = message(step=engine.step, layer=self.layer, **fields)
             futures = link.request(request, send.tensors, wants)
         engine.stats.seconds["wire"] += time.perf_counter() - start
         self.posted[worker] = Posted(worker, engine.step, link.last_id, self.layer)

@@ -7,14 +7,31 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
 
 from tempo.rendering import plain_text
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(g: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(g.shape, query.shape, key.shape, value.shape))
+
+
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    # PyTorch's own table leaves out the attention that it runs on CPUs.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 class TrustedProducts(TorchDispatchMode):
@@ -52,7 +69,7 @@ class TrustedProducts(TorchDispatchMode):
     ) -> Any:
         """Run ``func`` and count it if it multiplies matrices."""
         result = func(*args, **(kwargs or {}))
-        count: Callable[..., int] | None = flop_registry.get(func.overloadpacket)
+        count = _FORMULAS.get(func.overloadpacket)
         if count is not None:
             parents = self._tracker.parents - {"Global"}
             module = max(parents, key=lambda name: name.count("."), default=self._root)

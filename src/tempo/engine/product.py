@@ -234,7 +234,7 @@ class Fingerprint:
             _PROBES[key] = torch.linspace(1, 2, flat.shape[1], dtype=torch.float64).sin().to(w.dtype)
         self._facts = (-1 if w.is_inference() else w._version, tuple(w.shape), w.dtype)
         self._moved = torch.mv(flat, _PROBES[key])
-        self._sum = int(flat.view(_BITS[w.element_size()]).sum())
+        self._sum = _sum_of_bits(flat)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -245,3 +245,11 @@ class Fingerprint:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _sum_of_bits(flat: Tensor) -> int:
+    """The bit patterns of a matrix, summed as integers modulo 2^64; four times as fast in words of eight bytes."""
+    rows = flat if flat.is_contiguous() else flat.t()
+    if rows.is_contiguous() and (rows.shape[1] * rows.element_size()) % 8 == 0:
+        return int(rows.view(torch.int64).sum())
+    return int(flat.view(_BITS[flat.element_size()]).sum())

@@ -84,9 +84,10 @@ class Group:
 
     def compute(self, members: list[tuple[Site, Tensor, Tensor | None]], x: Tensor) -> Tensor:
         """Compute all members' outputs; stash all but the first, which is returned."""
-        sites, weights, biases = zip(*members, strict=True)
-        first, *others = sites[0].compute(self._product, x, list(weights), list(biases))
-        for site, weight, bias, y in zip(sites[1:], weights[1:], biases[1:], others, strict=True):
+        leader = members[0][0]
+        weights, biases = [weight for _, weight, _ in members], [bias for _, _, bias in members]
+        first, *others = leader.compute(self._product, x, weights, biases)
+        for (site, weight, bias), y in zip(members[1:], others, strict=True):
             site.stash(Stash(x, weight, bias, y))
         return first
 

@@ -92,7 +92,7 @@ class Site:
 
     def _pointwise(self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Conv) -> Tensor:
         """A 1×1 convolution is a fully connected layer over pixels, so its rows get a full row mask."""
-        strided = x[(..., *(slice(None, None, step) for step in kind.stride))]
+        strided = x[(slice(None), slice(None), *(slice(None, None, step) for step in kind.stride))]
         pixels = strided.movedim(1, -1)
         (y,) = self.compute(self._product(Linear()), pixels, [weight.flatten(1)], [bias])
         return y.movedim(-1, 1)

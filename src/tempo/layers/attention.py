@@ -51,7 +51,8 @@ class Projections(Site):
         key = self.names.get(id(weight)) or f"in@{weight.storage_offset()}+{len(weight)}"
         if key not in self.parts:
             self.parts[key] = Site(self.engine, f"{self.name}[{key}]", self.keep_trusted)
-        return self.parts[key].linear(x, lambda: (weight, bias), lambda: F.linear(x, weight, bias))
+        y: Tensor = self.parts[key].linear(x, lambda: (weight, bias), lambda: F.linear(x, weight, bias))
+        return y
 
 
 class ProtectedMultiheadAttention(Protected, nn.MultiheadAttention):

@@ -28,7 +28,7 @@ class _ProtectedConv(Protected):
         ):
             return plain(input, weight, bias)  # type: ignore[no-any-return]
         kind = Conv(tuple(module.stride), padding, tuple(module.dilation), module.groups)
-        y = self._tempo.convolution(padded, weight, bias, kind, lambda: plain(batched, weight, bias))
+        y: Tensor = self._tempo.convolution(padded, weight, bias, kind, lambda: plain(batched, weight, bias))
         return y if batched is input else y.squeeze(0)
 
 

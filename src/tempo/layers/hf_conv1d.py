@@ -14,4 +14,5 @@ class ProtectedHFConv1D(Protected, Conv1D):
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight + bias``, for input of shape (..., nx)."""
         plain = super().forward
-        return self._tempo.linear(x, lambda: (self.weight.t(), self.bias), lambda: plain(x))
+        y: Tensor = self._tempo.linear(x, lambda: (self.weight.t(), self.bias), lambda: plain(x))
+        return y

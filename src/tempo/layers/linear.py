@@ -13,4 +13,5 @@ class ProtectedLinear(Protected, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name PyTorch uses
         """``input @ weight.T + bias``, for input of shape (..., in_features)."""
         plain = super().forward
-        return self._tempo.linear(input, lambda: (self.weight, self.bias), lambda: plain(input))
+        y: Tensor = self._tempo.linear(input, lambda: (self.weight, self.bias), lambda: plain(input))
+        return y

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import cast
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -78,9 +77,8 @@ def unprotect(model: nn.Module) -> None:
     """Give every protected layer of ``model`` its own class back."""
     for module in model.modules():
         if isinstance(module, Protected):
-            original = cast("type[nn.Module]", module._tempo_original)  # type: ignore[redundant-cast]
             del module.__dict__["_tempo"]
-            module.__class__ = original
+            module.__class__ = module._tempo_original  # type: ignore[assignment]
 
 
 def _own_products(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

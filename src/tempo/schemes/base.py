@@ -41,7 +41,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """Tensors addressed to one worker (``x``, ``w`` or ``g``, plus whatever a scheme adds) for a part of the rows (of axis 0)."""
+    """Tensors addressed to one worker: ``x``, ``w`` or ``g``, plus whatever a scheme adds, for rows of axis 0."""
 
     worker: int
     tensors: dict[str, Tensor]

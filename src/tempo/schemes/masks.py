@@ -152,7 +152,7 @@ def part(gather: Gather | None, which: slice | None) -> Gather | None:
 
 
 def sandwich(x: Tensor, rows: Gather | None, columns: Gather | None, out: Tensor) -> None:
-    """``out[i, j] = rows.scale[i] * columns.scale[j] * x[rows.index[i], columns.index[j]]``, for every spatial position.
+    """``out[i, j] = rows.scale[i] * columns.scale[j] * x[rows.index[i], columns.index[j]]``, at every position.
 
     Where ``x`` is a grouped convolution's weight, axis 1 counts channels within a group, and ``columns`` spans all
     groups: row ``i`` then uses the columns of its own group.

@@ -37,7 +37,11 @@ def worker(
     parent: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Compute masked products for trusted processes. Sees shapes and masked numbers, and nothing else."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO if inherit_fd < 0 else logging.ERROR,
+        format="%(asctime)s %(name)s: %(message)s",
+    )
     if threads:
         torch.set_num_threads(threads)
     try:

@@ -16,7 +16,7 @@ from tempo.worker.compute import Compute, Incoming, Kept
 class NullCompute(Compute):
     """No arithmetic and no copies.
 
-    Each place an answer goes to is filled once with small numbers, and again only when its dtype or extent changes.
+    Each place an answer goes to is filled once with small numbers, and again only for another dtype or more of it.
     """
 
     description = "null (answers mean nothing)"
@@ -48,10 +48,10 @@ class NullCompute(Compute):
 
     def fill(self, out: Tensor) -> None:
         """Small numbers, unless they are there already."""
-        kind = out.dtype, out.nbytes
-        if self._filled.get(out.data_ptr()) != kind:
+        dtype, extent = self._filled.get(out.data_ptr(), (out.dtype, 0))
+        if dtype != out.dtype or extent < out.nbytes:
             if out.is_floating_point():
                 out.uniform_(-0.01, 0.01)
             else:
                 out.zero_()
-            self._filled[out.data_ptr()] = kind
+            self._filled[out.data_ptr()] = (out.dtype, out.nbytes)

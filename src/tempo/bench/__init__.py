@@ -1,0 +1,1 @@
+"""Measures protected against plain training, side by side in one run."""

@@ -1,0 +1,191 @@
+"""One benchmark: plain, protected, and protected against a worker that answers at once, in turn on the same cores."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from importlib.metadata import version
+from statistics import median
+from typing import Any
+
+import msgspec
+import torch
+
+from tempo.bench.workloads import WORKLOADS, Workload
+from tempo.engine.coverage import TrustedProducts
+from tempo.engine.local import start_local_workers
+from tempo.engine.memory import keep_heap
+from tempo.errors import SettingsError, nearest
+from tempo.session import Session, connect
+from tempo.settings import Settings
+
+
+class Measurement(msgspec.Struct, kw_only=True):
+    """The outcome of one benchmark. Times are medians over the steps, in seconds."""
+
+    model: str
+    description: str
+    scheme: str
+    plain_step: float
+    """The whole step in the trusted process: the pure-TEE baseline."""
+    protected_step: float
+    """With a real worker, on this machine's other cores."""
+    trusted_step: float
+    """With a null worker: what the trusted side alone takes."""
+    trusted_speedup: float
+    """``plain_step / trusted_step``: the bound that an infinitely fast worker would give."""
+    flop_bound: float
+    """All matrix FLOPs over those that stay trusted: the bound if masks and all else cost nothing."""
+    offloaded_flops_share: float
+    mask_seconds: float
+    """Of ``trusted_step``: masking and unmasking, keys included."""
+    wire_seconds: float
+    """Of ``trusted_step``: sending and waiting."""
+    other_seconds: float
+    """Of ``trusted_step``: trusted layers, optimizer, everything else."""
+    bytes_up: int
+    bytes_down: int
+    encryptions: dict[str, int]
+    steps: int
+    loss_difference: float
+    """Largest relative difference between protected and plain loss over the steps, from the same start."""
+    machine: dict[str, str]
+
+
+def machine() -> dict[str, str]:
+    """Hardware, versions and date, to stand beside figures."""
+    model = platform.processor() or "unknown"
+    try:
+        with open("/proc/cpuinfo") as lines:
+            model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass  # not Linux: the generic name stays
+    return {
+        "cpu": model,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": str(torch.__version__),
+        "tempo": version("tempo-train"),
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def measure(name: str, settings: Settings, steps: int, report: Callable[[str], None]) -> Measurement:
+    """Benchmark the workload ``name`` under ``settings``, with one thread on every side.
+
+    Args:
+        name: A key of `WORKLOADS`.
+        settings: Scheme and the like; placement ``auto`` decides as it would for a user.
+        steps: Timed steps of each kind, after one that is not.
+        report: Called with a line before each stage.
+
+    Raises:
+        SettingsError: There is no such workload.
+    """
+    if name not in WORKLOADS:
+        raise SettingsError(f"bench: unknown model {name!r}; {nearest(name, WORKLOADS)}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    keep_heap()  # for both sides of every ratio
+    try:
+        with ExitStack() as stack:
+            return _measure(name, settings, steps, report, stack)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(name: str, settings: Settings, steps: int, report: Callable[[str], None], stack: ExitStack) -> Measurement:
+    torch.manual_seed(0)
+    workload = WORKLOADS[name]()
+    report(f"{workload.description}: starting workers")
+    settings = msgspec.structs.replace(settings, local_threads=1)
+    null_name = secrets.token_hex(8)
+    null_links = start_local_workers(settings, session=null_name, null=True)
+    null = stack.enter_context(Session(null_links, settings, null_name))
+    real = stack.enter_context(connect(settings=settings))
+    plain_step = _Step(workload, copy.deepcopy(workload.model))
+    real_step = _Step(workload, copy.deepcopy(workload.model), real)
+    null_step = _Step(workload, copy.deepcopy(workload.model), null)
+    plain_step.pick_memory_format()
+
+    with TrustedProducts(plain_step.model) as everything:
+        plain_loss = plain_step.run()
+    losses = [(real_step.run(), plain_loss)]
+    null_step.run()
+    with null.trusted_products(null_step.model) as trusted:
+        null_step.run()
+
+    before = null.stats()
+    for number in range(steps):
+        report(f"{workload.description}: step {number + 1} of {steps}")
+        plain_loss = plain_step.run()
+        losses.append((real_step.run(), plain_loss))
+        null_step.run()
+    used = null.stats() - before
+    plain, protected, alone = (median(step.times[-steps:]) for step in (plain_step, real_step, null_step))
+    scaled = alone / (sum(null_step.times[-steps:]) / steps)  # the split adds up to the median
+    mask, wire = (used.seconds[what] / steps * scaled for what in ("mask", "wire"))
+    wire += used.seconds["worker"] / steps * scaled
+    return Measurement(
+        model=name,
+        description=workload.description,
+        scheme=settings.scheme,
+        plain_step=plain,
+        protected_step=protected,
+        trusted_step=alone,
+        trusted_speedup=plain / alone,
+        flop_bound=everything.total / max(1, trusted.total),
+        offloaded_flops_share=1 - trusted.total / everything.total,
+        mask_seconds=mask,
+        wire_seconds=wire,
+        other_seconds=alone - mask - wire,
+        bytes_up=used.bytes_sent // steps,
+        bytes_down=used.bytes_received // steps,
+        encryptions={operand: count // steps for operand, count in used.encryptions.items()},
+        steps=steps,
+        loss_difference=max(abs(a - b) / max(abs(b), 1e-6) for a, b in losses),
+        machine=machine(),
+    )
+
+
+class _Step:
+    """A training step of one copy of the model, and how long each took."""
+
+    def __init__(self, workload: Workload, model: torch.nn.Module, session: Session | None = None) -> None:
+        self.workload, self.model = workload, model
+        if session is not None:
+            session.protect(model, trusted=workload.trusted)
+        self._optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        self.times: list[float] = []
+
+    def run(self) -> float:
+        """Take one step; returns its loss."""
+        start = time.perf_counter()
+        self._optimizer.zero_grad()
+        loss = self.workload.loss(self.model)
+        loss.backward()
+        self._optimizer.step()
+        self.times.append(time.perf_counter() - start)
+        return float(loss.detach())
+
+    def pick_memory_format(self) -> None:
+        """Give the plain side its faster memory format; only convolutions care."""
+        if not any(isinstance(module, torch.nn.Conv2d) for module in self.model.modules()):
+            return
+        start = copy.deepcopy(self.model.state_dict())
+        formats: list[Any] = [torch.contiguous_format, torch.channels_last]
+        fastest: dict[Any, float] = {}
+        for layout in formats:
+            self.model.to(memory_format=layout)  # type: ignore[call-overload]
+            self.run()
+            self.run()
+            fastest[layout] = self.times[-1]
+        self.model.to(memory_format=min(fastest, key=fastest.__getitem__))  # type: ignore[call-overload]
+        self.model.load_state_dict(start)
+        self._optimizer.state.clear()

@@ -1,0 +1,68 @@
+"""``tempo bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tempo.bench.measure import Measurement, measure
+from tempo.bench.workloads import WORKLOADS
+from tempo.settings import parse
+
+
+def bench(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(WORKLOADS)}.")] = "vit-small",
+    scheme: Annotated[list[str] | None, typer.Option(help="Masking scheme; may be repeated.")] = None,
+    placement: Annotated[str, typer.Option(help="auto: what pays goes out; all: all that can.")] = "all",
+    wire_dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each kind.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here; - for standard output.")] = None,
+) -> None:
+    """Measure a plain step, a protected one, and the trusted side of it alone, in turn on the same cores."""
+    console = Console(stderr=str(json) == "-")
+    results = []
+    for name in scheme or ["tempo"]:
+        settings = parse({"scheme": name, "placement": placement, "wire_dtype": wire_dtype}, "bench")
+        with console.status("") as status:
+            results.append(measure(model, settings, steps, status.update))
+    console.print(_table(results))
+    text = msgspec.json.format(msgspec.json.encode(results), indent=2).decode()
+    if str(json) == "-":
+        typer.echo(text)
+    elif json is not None:
+        json.write_text(text + "\n")
+
+
+def _table(results: list[Measurement]) -> Table:
+    first = results[0]
+    table = Table(title=f"{first.description}; one thread on every side, median of {first.steps} steps")
+    table.add_column("")
+    for result in results:
+        table.add_column(result.scheme, justify="right")
+    rows = {
+        "plain step (all in the trusted process)": lambda r: f"{r.plain_step:.3f} s",
+        "protected step, a real worker on this machine": lambda r: f"{r.protected_step:.3f} s",
+        "trusted side alone (null worker)": lambda r: f"{r.trusted_step:.3f} s",
+        "  masks and keys": lambda r: f"{r.mask_seconds:.3f} s",
+        "  wire": lambda r: f"{r.wire_seconds:.3f} s",
+        "  trusted layers, optimizer, rest": lambda r: f"{r.other_seconds:.3f} s",
+        "trusted_speedup (bound of an infinitely fast GPU)": lambda r: f"{r.trusted_speedup:.2f}",
+        "bound by FLOPs alone": lambda r: f"{r.flop_bound:.0f}",
+        "matrix FLOPs offloaded": lambda r: f"{r.offloaded_flops_share:.1%}",
+        "bytes to workers per step": lambda r: f"{r.bytes_up / 1e6:,.1f} MB",
+        "bytes from workers per step": lambda r: f"{r.bytes_down / 1e6:,.1f} MB",
+        "encryptions per step (x, w, g)": lambda r: ", ".join(str(count) for count in r.encryptions.values()),
+        "largest relative loss difference": lambda r: f"{r.loss_difference:.1e}",
+    }
+    for label, show in rows.items():
+        table.add_row(label, *(show(result) for result in results))
+    about = first.machine
+    table.caption = (
+        f"{about['cpu']} ({about['capability']}), torch {about['torch']}, Tempo {about['tempo']}, {about['date']}"
+    )
+    return table
