@@ -57,7 +57,7 @@ def _table(results: list[Measurement]) -> Table:
         "bytes to workers per step": lambda r: f"{r.bytes_up / 1e6:,.1f} MB",
         "bytes from workers per step": lambda r: f"{r.bytes_down / 1e6:,.1f} MB",
         "encryptions per step (x, w, g)": lambda r: ", ".join(str(count) for count in r.encryptions.values()),
-        "largest relative loss difference": lambda r: f"{r.loss_difference:.1e}",
+        "relative loss difference, first step": lambda r: f"{r.loss_difference:.1e}",
     }
     for label, show in rows.items():
         table.add_row(label, *(show(result) for result in results))

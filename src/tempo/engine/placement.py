@@ -25,6 +25,21 @@ class Decision:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds that one offloaded call saves (its product) and costs the trusted side, and those a worker computes."""
+
+    saved: float
+    mask: float
+    wire: float
+    worker: float
+
+    @property
+    def cost(self) -> float:
+        """What the trusted side pays."""
+        return self.mask + self.wire
+
+
 OFFLOADED = Decision(True, "offloaded")
 
 
@@ -43,7 +58,7 @@ class Planner:
         self.measurements = [link.measure() for link in links]
         total = sum(m.flops_per_s for m in self.measurements)
         self.shares = [m.flops_per_s / total for m in self.measurements]
-        self.trusted_flops_per_s = measure_trusted_flops() if placement == "auto" else 1.0
+        self.trusted_flops_per_s = measure_trusted_flops() if placement == "auto" else float("inf")
         self._decisions: dict[tuple[object, ...], Decision] = {}
 
     def decide(self, x: Sequence[int], w: Sequence[int], flops: int, dtype: torch.dtype, training: bool) -> Decision:
@@ -64,6 +79,17 @@ class Planner:
         return self._decisions[key]
 
     def _weigh(self, x: Sequence[int], w: Sequence[int], flops: int, dtype: torch.dtype, training: bool) -> Decision:
+        estimate = self.estimate(x, w, flops, dtype, training)
+        if estimate.saved > estimate.cost:
+            return OFFLOADED
+        return Decision(
+            False,
+            f"too few FLOPs for its bytes: {estimate.saved * 1e3:.2f} ms here, "
+            f"{estimate.cost * 1e3:.2f} ms to mask and send",
+        )
+
+    def estimate(self, x: Sequence[int], w: Sequence[int], flops: int, dtype: torch.dtype, training: bool) -> Estimate:
+        """What sending one call out saves and costs the trusted side; arguments as for `decide`."""
         inputs = prod(x)
         outputs = flops // (2 * (prod(w) // w[0]))  # every output element takes two operations per weight in its row
         weights = prod(w) if training else 0  # an unchanged weight is masked once
@@ -71,15 +97,15 @@ class Planner:
         if training:
             up, down = up + outputs, down + inputs + weights
         size = WIRE_DTYPES.get(dtype, dtype).itemsize
+        passes = 3 if training else 1
         upload = sum(m.upload_bytes_per_s for m in self.measurements)
         download = sum(m.download_bytes_per_s for m in self.measurements)
         latency = max(m.latency_s for m in self.measurements) * (2 if training else 1)
-        cost = (up + down) * MASK_SECONDS_PER_ELEMENT + size * (up / upload + down / download) + latency
-        saved = flops * (3 if training else 1) / self.trusted_flops_per_s
-        if saved > cost:
-            return OFFLOADED
-        return Decision(
-            False, f"too few FLOPs for its bytes: {saved * 1e3:.2f} ms here, {cost * 1e3:.2f} ms to mask and send"
+        return Estimate(
+            saved=flops * passes / self.trusted_flops_per_s,
+            mask=(up + down) * MASK_SECONDS_PER_ELEMENT,
+            wire=size * (up / upload + down / download) + latency,
+            worker=flops * passes / sum(m.flops_per_s for m in self.measurements),
         )
 
 

@@ -1,0 +1,88 @@
+"""``tempo doctor``."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tempo import __version__
+from tempo.engine.geometry import flops
+from tempo.engine.link import Link
+from tempo.engine.placement import Planner
+from tempo.errors import TempoError
+from tempo.settings import parse
+from tempo.wire.address import Address
+from tempo.wire.messages import Conv, Linear, Product
+
+_LAYERS: dict[str, tuple[Product, tuple[int, ...], tuple[int, ...]]] = {
+    "linear 768 → 3072, 4,096 rows": (Linear(), (4096, 768), (3072, 768)),
+    "linear 4096 → 4096, 8,192 rows": (Linear(), (8192, 4096), (4096, 4096)),
+    "conv 3×3, 256 channels, 32 × 16×16": (Conv((1, 1), (1, 1), (1, 1), 1), (32, 256, 16, 16), (256, 256, 3, 3)),
+}
+
+
+def doctor(
+    addresses: Annotated[list[str], typer.Argument(metavar="ADDRESS...", help="Workers to examine.")],
+    identity: Annotated[str, typer.Option(help="Private key file for TLS.")] = "",
+    peers: Annotated[str, typer.Option(help="File or folder of trusted workers' certificates.")] = "",
+    insecure_no_tls: Annotated[
+        bool, typer.Option("--insecure-no-tls", help="Speak to remote workers in clear.")
+    ] = False,
+) -> None:
+    """Check in seconds that workers can be reached and match, how fast they are, and what gain to expect."""
+    settings = parse({"identity": identity, "peers": peers, "insecure_no_tls": insecure_no_tls}, "doctor")
+    console = Console()
+    table = Table("worker", "device", title=f"workers, as seen from here (Tempo {__version__})")
+    for heading in ("memory\nGiB", "latency\nµs", "up\nGB/s", "down\nGB/s", "speed\nGFLOP/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    reached: list[Link] = []
+    problems: list[str] = []
+    for text in addresses:
+        try:
+            link = Link.connect(Address.parse(text), settings=settings, session=secrets.token_hex(8))
+            reached.append(link)
+            seen = link.measure()
+        except TempoError as error:
+            problems.append(f"{text}: {error}")
+            continue
+        if link.welcome.version != __version__:
+            problems.append(f"{text}: runs Tempo {link.welcome.version}; install {__version__} there, or that one here")
+        table.add_row(
+            text,
+            link.welcome.device,
+            f"{link.welcome.memory_limit / 2**30:.1f}",
+            f"{seen.latency_s * 1e6:,.0f}",
+            f"{seen.upload_bytes_per_s / 1e9:.2f}",
+            f"{seen.download_bytes_per_s / 1e9:.2f}",
+            f"{seen.flops_per_s / 1e9:,.0f}",
+        )
+    if reached:
+        console.print(table)
+        console.print(_gain(reached))
+    for problem in problems:
+        console.print(f"[red]✗[/] {escape(problem)}", soft_wrap=True, highlight=False)
+    for link in reached:
+        link.close()
+    if problems:
+        raise typer.Exit(1)
+
+
+def _gain(links: list[Link]) -> Table:
+    """What a training step of some typical layers would take here and through the workers, by the planner's model."""
+    planner = Planner("auto", links)
+    table = Table("layer", title="one training step in float32: here, or through these workers (estimate)")
+    for heading in ("here", "masking", "wire", "workers", "gain"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, (product, x, w) in _LAYERS.items():
+        estimate = planner.estimate(x, w, flops(product, x, w), torch.float32, training=True)
+        total = estimate.cost + estimate.worker
+        cells = (estimate.saved, estimate.mask, estimate.wire, estimate.worker)
+        table.add_row(name, *(f"{seconds * 1e3:,.0f} ms" for seconds in cells), f"{estimate.saved / total:.1f} ×")
+    table.caption = f"here: {torch.get_num_threads()} threads at {planner.trusted_flops_per_s / 1e9:,.0f} GFLOP/s"
+    return table
