@@ -45,7 +45,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 Connect = Callable[..., Session]
 
 
-@pytest.fixture()
+@pytest.fixture
 def connect(workers: list[str]) -> Iterator[Connect]:
     """Open sessions with the shared workers, everything offloaded; closed after the test."""
     with ExitStack() as stack:

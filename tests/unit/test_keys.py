@@ -84,7 +84,7 @@ def test_runs_do_not_share_keys():
 def test_seeding_torch_numpy_and_python_changes_nothing_about_masks():
     def permutation() -> list[int]:
         torch.manual_seed(0)
-        np.random.seed(0)  # noqa: NPY002 - the global generator is the point
+        np.random.seed(0)
         random.seed(0)
         return KeySchedule().fresh(1, "x").stream("A").permutation(100).tolist()
 
@@ -93,11 +93,11 @@ def test_seeding_torch_numpy_and_python_changes_nothing_about_masks():
 
 def test_drawing_masks_consumes_no_torch_or_numpy_randomness():
     torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    np.random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
     KeySchedule().fresh(1, "x").stream("A").permutation(100)
     assert torch.equal(before[0], torch.get_rng_state())
-    assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
+    assert np.array_equal(before[1], np.random.get_state()[1])
 
 
 def test_a_fork_cannot_draw_the_same_masks():

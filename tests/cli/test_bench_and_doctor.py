@@ -1,0 +1,59 @@
+"""``tempo bench`` and ``tempo doctor`` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tempo.bench import measure as bench
+from tempo.bench.workloads import Workload, _vit
+from tempo.cli import app
+from tempo.errors import SettingsError
+from tempo.settings import Settings
+
+
+def tiny() -> Workload:
+    return _vit("a tiny ViT", 32, 1, 2, 64, 16, 8)
+
+
+def test_bench_reports_what_it_measured(monkeypatch):
+    monkeypatch.setitem(bench.WORKLOADS, "tiny", tiny)
+    result = bench.measure("tiny", Settings(scheme="tempo", placement="all"), 1, lambda line: None)
+    assert result.trusted_speedup == pytest.approx(result.plain_step / result.trusted_step)
+    assert result.mask_seconds + result.wire_seconds + result.other_seconds == pytest.approx(result.trusted_step)
+    assert min(result.mask_seconds, result.wire_seconds, result.other_seconds) > 0
+    assert result.loss_difference < 1e-5
+    assert result.offloaded_flops_share > 0.5
+    # One block: query, key and value together, output, two of the MLP; and the classifier.
+    assert result.encryptions == {"x": 5, "w": 5, "g": 5}
+    assert result.bytes_up == result.bytes_down > 0
+
+
+def test_bench_names_the_nearest_model():
+    with pytest.raises(SettingsError, match="vit-small"):
+        bench.measure("vit-smal", Settings(), 1, lambda line: None)
+
+
+def test_bench_writes_json_to_standard_output(monkeypatch):
+    monkeypatch.setitem(bench.WORKLOADS, "vit-small", tiny)
+    result = CliRunner().invoke(app, ["bench", "--model", "vit-small", "--steps", "1", "--json", "-"])
+    assert result.exit_code == 0, result.output
+    (figures,) = json.loads(result.stdout)
+    assert figures["model"] == "vit-small"
+    assert figures["machine"]["torch"]
+
+
+def test_doctor_shows_a_worker_and_says_what_is_wrong_with_another(workers, tmp_path):
+    missing = f"unix:{tmp_path}/nobody.sock"
+    result = CliRunner().invoke(app, ["doctor", workers[0], missing])
+    assert result.exit_code == 1
+    assert "GFLOP/s" in result.output
+    assert " ×" in result.output
+    assert f"✗ {missing}: " in result.output
+
+
+def test_doctor_is_content_with_good_workers(workers):
+    result = CliRunner().invoke(app, ["doctor", workers[0]])
+    assert result.exit_code == 0, result.output
