@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 class StoredWeight:
     """A masked weight on workers, until it is garbage."""
 
-    def __init__(self, product: Product, encoded: EncodedWeight, targets: Sequence[Target]) -> None:
+    def __init__(
+        self, product: Product, encoded: EncodedWeight, targets: Sequence[Target], dtype: torch.dtype
+    ) -> None:
         engine = product.engine
         self.encoded = encoded
+        self.dtype = dtype
         self.workers = [target.worker for target in targets]
         self.number = engine.new_number()
         self.rows_served = 0
@@ -104,9 +107,11 @@ class Product:
     def _store(self, weights: Sequence[Tensor], sources: Sequence[Tensor], targets: Sequence[Target]) -> StoredWeight:
         """The weight on the workers: the one that is there while it holds, else freshly masked."""
         engine, stored = self.engine, self._stored
-        fingerprint = [Fingerprint(w) for w in sources]
+        with engine.stats.timed("mask"):
+            fingerprint = [Fingerprint(w) for w in sources]
         if (
             stored is not None
+            and stored.dtype == weights[0].dtype
             and fingerprint == self._fingerprint
             and stored.rows_served < engine.settings.rekey_rows
             and {target.worker for target in targets} <= set(stored.workers)
@@ -121,7 +126,7 @@ class Product:
             )
         engine.stats.encryptions["w"] += 1
         engine.weights_changed()
-        stored = StoredWeight(self, encoded, targets)
+        stored = StoredWeight(self, encoded, targets, w.dtype)
         if engine.truth is not None:
             for posted in stored.posted:
                 engine.truth.record(posted, "store", {"w": w})
@@ -134,7 +139,7 @@ class Product:
             count = int((~torch.isfinite(tensor)).sum())
             raise NonFiniteError(
                 f"layer {self.name!r}: its {what} of shape {tuple(tensor.shape)} has {count} NaN or infinite elements; "
-                "nothing was sent. Look at the layers before it, the learning rate and the loss scale"
+                "it was not sent. Look at the layers before it, the learning rate and the loss scale"
             )
 
 
