@@ -175,6 +175,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_word(tmp_path: Path) 
     _, text = train(recipe(tmp_path), resume=True)
     assert "passed over" in text
     assert losses(tmp_path) == straight
+    assert CheckpointStore(tmp_path / "checkpoints").load().damaged == []
 
 
 def test_resuming_what_is_not_there_or_not_the_same_is_an_error(tmp_path: Path) -> None:

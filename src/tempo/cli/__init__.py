@@ -6,6 +6,7 @@ So ``tempo worker`` never loads code that handles keys. Nothing of ours but `tem
 from __future__ import annotations
 
 import os
+import warnings
 from importlib import import_module
 from typing import Annotated, Any, Final
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from tempo import __version__
-from tempo.errors import TempoError
+from tempo.errors import ProtectionWarning, TempoError
 
 COMMANDS: Final = {
     "train": "Train a model by a recipe, its large products computed under masks by workers.",
@@ -41,7 +42,7 @@ class _Lazy(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except TempoError as error:
+        except (TempoError, OSError) as error:  # an OSError names its file: a full disk, a folder that is not ours
             if os.environ.get("TEMPO_DEBUG") == "1":
                 raise
             console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
@@ -77,6 +78,19 @@ def _tempo(
     """Train and run neural networks on GPUs that nobody has to trust."""
 
 
+_python_format = warnings.formatwarning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Our own warnings are for the person at the keyboard: they say what, not where in our source."""
+    if issubclass(category, ProtectionWarning):
+        return f"warning: {message}\n"
+    return _python_format(message, category, filename, lineno, line)
+
+
 def main() -> None:
     """Run the command line."""
+    warnings.formatwarning = _format_warning
     app()

@@ -32,13 +32,18 @@ _KNOWN: Final = 1000
 
 @dataclass(frozen=True)
 class Seen:
-    """Test images (bytes), and what a fitted linear map reads from the first operand that leaves the process."""
+    """Test images (bytes), their share of the first operand that leaves the process, and what can be read from it."""
 
     images: Tensor
     plain: Tensor
     received: Tensor
-    layer: str
-    shape: tuple[int, ...]
+    read_plain: Tensor
+    read_received: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image's operand: rows×features."""
+        return tuple(self.plain.shape[1:])
 
 
 def compare(recipe: Recipe, console: Console, outcome: Outcome, *, resume: bool = False) -> Outcome:
@@ -113,10 +118,10 @@ def seen_by_a_worker(trained: Trained, source: data.Source) -> Seen:
     reader = _LinearReader(_operands(model, form.numbers(known.images))[layer], known)
     return Seen(
         batch.images[:_SHOWN],
+        plain.reshape(_BATCH, -1, plain.shape[1])[:_SHOWN],
+        received.reshape(_BATCH, -1, plain.shape[1])[:_SHOWN],
         reader.read(plain, _BATCH)[:_SHOWN],
         reader.read(received, _BATCH)[:_SHOWN],
-        layer,
-        tuple(plain.shape),
     )
 
 

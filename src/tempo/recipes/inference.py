@@ -42,13 +42,22 @@ class Trained:
 
 
 @contextmanager
-def protected(model: nn.Module, settings: recipes.Session, plain: bool = False) -> Iterator[Session | None]:
-    """Run ``model`` through workers while inside; ``plain`` leaves it alone and yields None."""
+def protected(
+    model: nn.Module, settings: recipes.Session, plain: bool = False, trusted: Sequence[str] = ()
+) -> Iterator[Session | None]:
+    """Run ``model`` through workers while inside.
+
+    Args:
+        model: The model.
+        settings: The recipe's.
+        plain: Leave it alone instead, and yield None.
+        trusted: Layers to keep here besides those of the settings.
+    """
     if plain:
         yield None
         return
     with tempo.connect(*settings.workers, settings=settings) as session:
-        session.protect(model)
+        session.protect(model, trusted=trusted)
         yield session
 
 

@@ -73,34 +73,41 @@ def _curves(figure: Any, protected: list[Record], plain: list[Record]) -> None:
     loss.set_ylim(bottom=0)
     loss.legend(frameon=False, loc="upper right")
     accuracy.set(ylabel="test accuracy, %")
-    gap.set(ylabel="|Δ loss|", xlabel="step", xlim=(0, len(steps[0])))
+    gap.set(ylabel="|Δ loss|\n(0: $10^{-9}$)", xlabel="step", xlim=(0, len(steps[0])))
     figure.align_ylabels()
 
 
 def _inputs(figure: Any, scheme: str, seen: Seen) -> None:
     size = "×".join(map(str, seen.shape))
-    _title(
-        figure,
-        0.02,
-        "What a worker gets to see",
-        f"the first operand sent ({size}, a batch of images) · scheme {scheme}",
+    what = f"the first operand sent: {size} numbers for each image · scheme {scheme}"
+    _title(figure, 0.02, "What a worker gets to see", what)
+    grid = {"left": 0.23, "right": 0.97, "top": 0.87, "bottom": 0.15, "wspace": 0.07, "hspace": 0.1}
+    axes = figure.subplots(5, len(seen.images), squeeze=False, gridspec_kw=grid)
+    rows = (
+        ("input", seen.images / 255, _image, _PALE),
+        ("its operand, plain", seen.plain, _numbers, _PLAIN["color"]),
+        ("image read back\nfrom that", seen.read_plain, _image, _PLAIN["color"]),
+        ("what the worker\nreceived instead", seen.received, _numbers, _PROTECTED["color"]),
+        ("image read back\nfrom that", seen.read_received, _image, _PROTECTED["color"]),
     )
-    grid = {"left": 0.2, "right": 0.97, "top": 0.87, "bottom": 0.14, "wspace": 0.06, "hspace": 0.08}
-    axes = figure.subplots(3, len(seen.images), squeeze=False, gridspec_kw=grid)
-    labels = ("input", "read back from\nthe operand\nif sent in plain", "read back from\nwhat the worker\nreceived")
-    for row, label, images in zip(axes, labels, (seen.images / 255, seen.plain, seen.received)):
-        row[0].text(-0.14, 0.5, label, transform=row[0].transAxes, ha="right", va="center", linespacing=1.35)
-        for axis, image in zip(row, images):
-            _show(axis, image)
+    for row, (label, pictures, show, colour) in zip(axes, rows):
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=10, linespacing=1.35)
+        for axis, picture in zip(row, pictures):
+            show(axis, picture)
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
+            for spine in axis.spines.values():
+                spine.set(visible=True, color=colour, linewidth=1.2)
     note = (
-        "Read back with a linear map fitted on plain operands of training images: what is sent cannot be read as it is."
+        "Read back by a linear map fitted on plain operands of training images: what the worker received "
+        "cannot be read as it is."
     )
     if scheme == "tempo":
         note += (
-            " Not noise, though: under scheme tempo a worker holds the very same numbers, permuted and scaled. "
-            "The README says what that resists and what not."
+            " It is not noise, though: under scheme tempo these are the very same numbers, permuted within "
+            "the batch and scaled. The README says what that resists and what not."
         )
-    figure.text(0.02, 0.105, textwrap.fill(note, 105), va="top", fontsize=8.5, color=_PALE, linespacing=1.45)
+    figure.text(0.02, 0.115, textwrap.fill(note, 96), va="top", fontsize=8.5, color=_PALE, linespacing=1.45)
 
 
 def _title(figure: Any, left: float, title: str, figures: str) -> None:
@@ -108,9 +115,11 @@ def _title(figure: Any, left: float, title: str, figures: str) -> None:
     figure.text(left, 0.907, figures, color=_PALE, va="center")
 
 
-def _show(axis: Any, image: Tensor) -> None:
+def _image(axis: Any, image: Tensor) -> None:
     axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axis.set(xticks=[], yticks=[])
-    axis.grid(visible=False)
-    for spine in axis.spines.values():
-        spine.set_visible(True)
+
+
+def _numbers(axis: Any, operand: Tensor) -> None:
+    """Rows and features of an operand as colours."""
+    limit = 2.5 * float(operand.std())
+    axis.imshow(operand.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")

@@ -56,14 +56,15 @@ class Display:
         elif record.step == 1 or record.step % self._every == 0 or record.step == self._steps:
             parts = (f"step {record.step}/{self._steps}", self._figures(), self._split())
             left = f"{self._left(record.step)} left" if record.step < self._steps else ""
-            self._line("  ".join(part for part in (*parts, left) if part))
+            self.note("  ".join(part for part in (*parts, left) if part))
 
     def evaluation(self, record: Evaluation) -> None:
         """Show an evaluation."""
-        self._line(f"test at step {record.step}: loss {record.loss:.4f}  accuracy {record.accuracy:.1%}")
+        self.note(f"test at step {record.step}: loss {record.loss:.4f}  accuracy {record.accuracy:.1%}")
 
-    def _line(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+    def note(self, text: str) -> None:
+        """Show a line."""
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _figures(self) -> str:
         last = self._recent[-1]

@@ -22,6 +22,7 @@ from tempo import checkpoint as checkpoints
 from tempo.checkpoint import Checkpoint, CheckpointStore, flatten, load_model, unflatten
 from tempo.errors import CheckpointError, NonFiniteError, SettingsError, TempoError
 from tempo.recipes import data
+from tempo.recipes import recipe as recipes
 from tempo.recipes.inference import FOLDER, evaluate, format_of, protected, recipe_of
 from tempo.recipes.metrics import Evaluation, Metrics, Step
 from tempo.recipes.models import logits
@@ -31,6 +32,7 @@ from tempo.recipes.recipe import Recipe, differences
 
 if TYPE_CHECKING:
     from tempo.session import Session
+    from tempo.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -66,66 +68,68 @@ def train(
     earlier = _earlier(store, recipe, console) if resume else None
     source = data.load(recipe.data.source, recipe.data.train_limit, recipe.data.test_limit)
     job = _Job(recipe, source, earlier)
-    with protected(job.model, recipe.session, plain) as session:
-        if session is not None:
-            console.print(session.summary())
+    settings, trusted = _placement(recipe.session, earlier)
+    with protected(job.model, settings, plain, trusted) as session:
         if earlier is None:
             _make_way(folder, console)
         display = Display(console, title, job.step, job.steps, recipe.data.batch_size)
         with Metrics(folder, job.step) as metrics, display, _Interrupts() as interrupts:
-            return _loop(job, store, session, metrics, display, interrupts)
+            job.session = session
+            outcome = _loop(job, store, metrics, display, interrupts)
+        if session is not None:
+            (folder / "summary.txt").write_text(f"{session.summary()}\n", encoding="utf-8")
+        return outcome
 
 
-def _loop(
-    job: _Job,
-    store: CheckpointStore,
-    session: Session | None,
-    metrics: Metrics,
-    display: Display,
-    interrupts: _Interrupts,
-) -> Outcome:
-    run = job.recipe.run
-    began = time.perf_counter() - job.elapsed
+def _loop(job: _Job, store: CheckpointStore, metrics: Metrics, display: Display, interrupts: _Interrupts) -> Outcome:
     job.generators.restore()
+    moment = _Moment(job)
+    began = time.perf_counter() - job.elapsed
+    try:
+        while job.step < job.steps and not interrupts.signal:
+            moment = _Moment(job)
+            record = _one_step(job, began)
+            job.elapsed = record.time
+            _report(job, record, metrics, display)
+            if job.due(job.recipe.run.checkpoint_every):
+                job.save(store)
+            if job.due(job.recipe.run.evaluate_every):
+                _evaluate(job, began, metrics, display, interrupts)
+        job.save_once(store)
+        final = None if interrupts.signal else _evaluate(job, began, metrics, display, interrupts)
+    except TempoError as error:
+        moment.restore()
+        _save_after(error, job, store)
+        raise
+    if final is None:
+        return Outcome(Path(job.recipe.run.out), job.step, interrupts.signal)
+    return Outcome(Path(job.recipe.run.out), job.step, 0, final.loss, final.accuracy)
 
-    def evaluated() -> Evaluation:
-        loss, accuracy = evaluate(
-            job.model, job.source.test, job.format, job.recipe.data.batch_size, lambda: interrupts.signal != 0
-        )
-        return Evaluation(job.step, loss, accuracy, time.perf_counter() - began)
 
-    while job.step < job.steps and not interrupts.signal:
-        before = _Moment(job)
-        try:
-            record = _one_step(job, session, began)
-        except TempoError as error:
-            before.restore()
-            _save_after(error, job, store)
-            raise
-        job.elapsed = record.time
-        metrics.write(record)
-        display.step(record)
-        last = job.step == job.steps
-        if interrupts.signal or last or (run.checkpoint_every and job.step % run.checkpoint_every == 0):
-            job.save(store)
-        if run.evaluate_every and job.step % run.evaluate_every == 0 and not last:
-            evaluation = evaluated()
-            if not interrupts.signal:
-                metrics.write(evaluation)
-                display.evaluation(evaluation)
-    if not interrupts.signal:
-        evaluation = evaluated()
+def _report(job: _Job, record: Step, metrics: Metrics, display: Display) -> None:
+    metrics.write(record)
+    if job.session is not None and not job.placed:
+        display.note(_placed(job.session.summary()))
+        job.placed = True
+    display.step(record)
+
+
+def _evaluate(
+    job: _Job, began: float, metrics: Metrics, display: Display, interrupts: _Interrupts
+) -> Evaluation | None:
+    """Evaluate on the test images, unless interrupted."""
+    test, batch_size = job.source.test, job.recipe.data.batch_size
+    loss, accuracy = evaluate(job.model, test, job.format, batch_size, lambda: interrupts.signal != 0)
     if interrupts.signal:
-        if job.step not in store.steps():
-            job.save(store)
-        return Outcome(Path(run.out), job.step, interrupts.signal)
+        return None
+    evaluation = Evaluation(job.step, loss, accuracy, time.perf_counter() - began)
     metrics.write(evaluation)
     display.evaluation(evaluation)
-    return Outcome(Path(run.out), job.step, 0, evaluation.loss, evaluation.accuracy)
+    return evaluation
 
 
-def _one_step(job: _Job, session: Session | None, began: float) -> Step:
-    recipe = job.recipe
+def _one_step(job: _Job, began: float) -> Step:
+    recipe, session = job.recipe, job.session
     started = time.perf_counter()
     before = session.stats() if session is not None else None
     rate = float(job.scheduler.get_last_lr()[0])
@@ -174,6 +178,7 @@ class _Job:
         self.steps = recipe.steps(len(source.train))
         self.step = 0
         self.elapsed = 0.0
+        self._saved = -1
         _seed(recipe.run.seed)
         self.model = recipe.model.build(self.format.channels, self.format.size, len(self.format.classes))
         self.optimizer = recipe.optimizer.build(self.model)
@@ -182,6 +187,18 @@ class _Job:
         if earlier is not None:
             self._restore(earlier)
         self.generators = _Generators()
+        self.session: Session | None = None
+        self.placed = False
+        """Whether the session has placed the layers: it does when the first batch comes."""
+
+    def due(self, every: int) -> bool:
+        """Whether what happens ``every`` so many steps is due; not at the last one, after which all of it happens."""
+        return every > 0 and self.step % every == 0 and self.step < self.steps
+
+    def save_once(self, store: CheckpointStore) -> None:
+        """Save, unless this very step is saved already."""
+        if self._saved != self.step:
+            self.save(store)
 
     def save(self, store: CheckpointStore) -> None:
         parts = {
@@ -195,10 +212,12 @@ class _Job:
             "recipe": msgspec.to_builtins(self.recipe),
             "format": msgspec.to_builtins(self.format),
             "elapsed": self.elapsed,
+            "trusted": None if self.session is None else _kept(self.session.summary()),
         }
         for name, part in parts.items():
             tensors[name], state[name] = flatten(part)
         store.save(self.step, {name: group for name, group in tensors.items() if group}, state)
+        self._saved = self.step
 
     def _restore(self, earlier: Checkpoint) -> None:
         def part(name: str) -> Any:
@@ -211,6 +230,7 @@ class _Job:
             self.order.load_state_dict(part("order"))
             checkpoints.restore_generators(part("generators"))
             self.step, self.elapsed = earlier.step, earlier.state["elapsed"]
+            self._saved = earlier.step
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{earlier.path} does not fit this recipe: {error}") from None
 
@@ -232,10 +252,13 @@ class _Moment:
 
     def __init__(self, job: _Job) -> None:
         self._job = job
+        self._step = job.step
         self._generators = _Generators()
         self._buffers = [buffer.clone() for buffer in job.model.buffers()]
 
     def restore(self) -> None:
+        if self._job.step > self._step:
+            return  # the step was completed, what failed came after it
         self._generators.restore()
         with torch.no_grad():
             for buffer, earlier in zip(self._job.model.buffers(), self._buffers):
@@ -285,9 +308,31 @@ def _earlier(store: CheckpointStore, recipe: Recipe, console: Console) -> Checkp
     return earlier
 
 
+def _placement(settings: recipes.Session, earlier: Checkpoint | None) -> tuple[recipes.Session, list[str]]:
+    """Settings and layers to keep trusted that place every layer as ``earlier`` did, whatever would pay today."""
+    if earlier is None or earlier.state.get("trusted") is None:
+        return settings, []
+    return msgspec.structs.replace(settings, placement="all"), earlier.state["trusted"]
+
+
+def _kept(summary: Summary) -> list[str]:
+    """Layers that ran in the trusted process only."""
+    return [line.name for line in summary.lines if line.trusted and not line.offloaded]
+
+
+def _placed(summary: Summary) -> str:
+    """Where the layers went, in two lines."""
+    sent = sum(1 for line in summary.lines if line.offloaded)
+    return (
+        f"scheme {summary.scheme}: {summary.protects}\n"
+        f"{sent} of {len(summary.lines)} layers, {summary.offloaded_share:.1%} of their FLOPs, go to "
+        f"{'; '.join(summary.workers)}"
+    )
+
+
 def _make_way(folder: Path, console: Console) -> None:
     """Move an earlier run out of the way instead of mixing with it or deleting it."""
-    if not (folder / "metrics.jsonl").exists():
+    if not any((folder / name).exists() for name in ("metrics.jsonl", FOLDER)):
         return
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
@@ -303,10 +348,10 @@ def _save_after(error: TempoError, job: _Job, store: CheckpointStore) -> None:
     """Save what there is and say so on ``error``; after NaN or infinity there is nothing worth saving."""
     if not isinstance(error, NonFiniteError):
         try:
-            if job.step not in store.steps():
-                job.save(store)
+            job.save_once(store)
         except CheckpointError as other:
-            error.add_note(str(other))
+            if str(other) != str(error):
+                error.add_note(str(other))
     if steps := store.steps():
         error.add_note(f"Step {steps[-1]} is saved in {store.folder}; continue with --resume.")
 
