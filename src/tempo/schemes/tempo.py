@@ -24,7 +24,7 @@ class Tempo(SingleMaskScheme):
 
     name = "tempo"
     traits = Traits(
-        protects="resists a worker that only looks at values; a ReLU network's zero patterns, or a known base "
+        protects="permutes and scales what workers see; a ReLU network's zero patterns, or a known base "
         "checkpoint, undo it",
         known_breaks={
             "relu": "ReLU keeps zeros and signs under a positive generalised permutation; matching the zero patterns "
