@@ -1,0 +1,246 @@
+"""Hugging Face models and tools, unchanged, through real workers: the numbers of plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from tempo.engine.stats import Stats
+from tempo.layers.base import Protected
+
+IDS = torch.arange(24).view(2, 12) * 7 % 64
+TEXT = {"input_ids": IDS, "labels": IDS}
+IMAGES = {"pixel_values": torch.linspace(-1, 1, 3 * 3 * 16 * 16).sin().view(3, 3, 16, 16), "labels": torch.arange(3)}
+NARROW: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def bert() -> nn.Module:
+    config = hf.BertConfig(vocab_size=64, max_position_embeddings=16, num_labels=3, **NARROW, **NO_DROPOUT)
+    return hf.BertForSequenceClassification(config)
+
+
+def vit() -> nn.Module:
+    return hf.ViTForImageClassification(
+        hf.ViTConfig(image_size=16, patch_size=4, num_labels=3, **NARROW, **NO_DROPOUT)
+    )
+
+
+def resnet() -> nn.Module:
+    return hf.ResNetForImageClassification(
+        hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="bottleneck", num_labels=3)
+    )
+
+
+def llama() -> nn.Module:
+    config = hf.LlamaConfig(vocab_size=64, num_key_value_heads=2, max_position_embeddings=64, **NARROW)
+    return hf.LlamaForCausalLM(config)
+
+
+def gpt2() -> nn.Module:
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_positions=64, n_embd=16, n_layer=2, n_head=2, **dropout))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
+    "bert": (bert, {"input_ids": IDS, "labels": torch.tensor([0, 2])}),
+    "vit": (vit, IMAGES),
+    "resnet": (resnet, IMAGES),
+    "llama": (llama, TEXT),
+    "gpt2": (gpt2, TEXT),
+}
+
+INPUTS_PER_STEP = {
+    # Per block: q, k and v share one input; o; (gate and) up; down. BERT adds pooler and classifier, ViT its patches
+    # and classifier, Llama its head.
+    "bert": (2 * 6 + 2, 2 * 4 + 2),
+    "vit": (2 * 6 + 2, 2 * 4 + 2),
+    "llama": (2 * 7 + 1, 2 * 4 + 1),
+    # GPT-2 has q, k and v in one layer; each ResNet block has its own input, but the first of a stage and its shortcut.
+    "gpt2": (2 * 4 + 1, 2 * 4 + 1),
+}
+
+
+def make(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name][0]()
+
+
+def gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    # Some gradients are zero but for rounding (a key's bias, a bias before BatchNorm): those are compared with the rest.
+    largest = max(float(g.norm()) for g in expected.values())
+    for name, g in expected.items():
+        error = float((actual[name] - g).norm()) / max(float(g.norm()), 1e-2 * largest)
+        assert error <= 1e-5, f"{name}: {error}"
+
+
+def offloaded(used: Stats) -> bool:
+    return used.flops_offloaded > 0 and used.flops_trusted == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_equal_plain(connect, name):
+    plain, batch = make(name).train(), MODELS[name][1]
+    session = connect(2)
+    model = session.protect(copy.deepcopy(plain))
+    expected_loss, expected = gradients(plain, batch)
+    for _ in range(2):  # the second time, layers that share their input do
+        before = session.stats()
+        loss, actual = gradients(model, batch)
+        assert offloaded(session.stats() - before)
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+        assert_same_gradients(actual, expected)
+
+
+@pytest.mark.parametrize("name", INPUTS_PER_STEP)
+def test_shared_inputs_are_sent_once_from_the_second_step_on(connect, name):
+    session = connect()
+    model = session.protect(make(name)).train()
+    sgd = torch.optim.SGD(model.parameters(), 0.01)
+    counts = []
+    for _ in range(4):
+        before = session.stats()
+        gradients(model, MODELS[name][1])
+        sgd.step()
+        counts.append((session.stats() - before).encryptions)
+    first, shared = INPUTS_PER_STEP[name]
+    assert [c["x"] for c in counts] == [first, shared, shared, shared]
+    # Two encryptions forward and one back for each input: the paper's count.
+    assert all(c["w"] == c["x"] for c in counts)
+    assert [c["g"] for c in counts] == [c["x"] for c in counts]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_greedy_generation_equals_plain(connect, name):
+    plain = make(name).eval()
+    session = connect()
+    model = session.protect(copy.deepcopy(plain))
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = plain.generate(IDS, **options)
+    torch.testing.assert_close(model.generate(IDS, **options), expected, rtol=0, atol=0)
+    used = session.stats()
+    assert offloaded(used)
+    # Weights do not change while generating: each was sent once, alone, or once more with its neighbours.
+    alone, shared = INPUTS_PER_STEP[name]
+    assert used.encryptions["w"] <= alone + shared
+    assert used.encryptions["g"] == 0
+
+
+class Digits(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Twenty images in memory."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = torch.linspace(0, index, 3 * 16 * 16).sin().view(3, 16, 16)
+        return {"pixel_values": image, "labels": torch.tensor(index % 3)}
+
+
+def hf_losses(model: nn.Module, folder: Path) -> list[float]:
+    arguments = hf.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=5,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=5,
+        report_to=[],
+        use_cpu=True,
+        seed=3,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = hf.Trainer(model=model, args=arguments, train_dataset=Digits(), eval_dataset=Digits())
+    trainer.train()
+    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return [*history, trainer.evaluate()["eval_loss"]]
+
+
+def test_trainer_runs_unchanged(connect, tmp_path):
+    plain = make("vit")
+    session = connect()
+    model = session.protect(copy.deepcopy(plain))
+    expected = hf_losses(plain, tmp_path / "plain")
+    losses = hf_losses(model, tmp_path / "protected")
+    assert len(losses) == 6
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=1e-6)
+    assert offloaded(session.stats())
+    stored = hf.ViTForImageClassification.from_pretrained(tmp_path / "protected/checkpoint-5")
+    for (name, p), q in zip(stored.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def accelerate_losses(model: nn.Module) -> list[float]:
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    loader = torch.utils.data.DataLoader(Digits(), batch_size=4)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=4)
+    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    losses = []
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert accelerator.unwrap_model(model) is not None
+    return losses
+
+
+def test_accelerate_runs_unchanged(connect):
+    plain = make("vit")
+    session = connect()
+    model = session.protect(copy.deepcopy(plain))
+    torch.testing.assert_close(
+        torch.tensor(accelerate_losses(model)), torch.tensor(accelerate_losses(plain)), rtol=1e-4, atol=1e-6
+    )
+    assert offloaded(session.stats())
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2"])
+def test_a_protected_model_is_stored_as_the_plain_one(connect, tmp_path, name):
+    plain, batch = make(name).eval(), MODELS[name][1]
+    session = connect()
+    model = session.protect(copy.deepcopy(plain))
+    plain.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "protected")
+    config = json.loads((tmp_path / "protected/config.json").read_text())
+    assert config == json.loads((tmp_path / "plain/config.json").read_text())
+    assert config["architectures"] == [type(plain).__name__]
+    assert (tmp_path / "protected/model.safetensors").read_bytes() == (
+        tmp_path / "plain/model.safetensors"
+    ).read_bytes()
+
+    loaded = type(plain).from_pretrained(tmp_path / "protected").eval()
+    assert not any(isinstance(module, Protected) for module in loaded.modules())
+    with torch.no_grad():
+        expected = plain(**batch).loss
+        torch.testing.assert_close(loaded(**batch).loss, expected, rtol=0, atol=0)
+        torch.testing.assert_close(session.protect(loaded)(**batch).loss, expected, rtol=1e-4, atol=0)
+    assert offloaded(session.stats())
