@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -139,16 +140,37 @@ def test_predict_says_which_input_it_cannot_read(trained: Path, tmp_path: Path, 
     assert f"error: {file}: cannot read as an image" in result.stderr
 
 
+def test_evaluate_and_predict_through_workers(trained: Path, tmp_path: Path, workers: list[str]) -> None:
+    address = ("--workers", workers[0], "--set", "session.placement=all")
+    plain, protected = (json.loads(run("evaluate", trained, "--json", *how).stdout) for how in (["--plain"], address))
+    assert protected["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert protected["accuracy"] == plain["accuracy"]
+    np.save(tmp_path / "one.npy", np.zeros((8, 8), dtype=np.uint8))
+    arguments = ("predict", trained, tmp_path / "one.npy", "--json")
+    plain, protected = (json.loads(run(*arguments, *how).stdout) for how in (["--plain"], address))
+    assert protected["all"] == pytest.approx(plain["all"], rel=1e-4)
+
+
+def test_an_unreachable_worker_is_named(recipe: Path, tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/nobody.sock"
+    result = run("train", recipe, "--workers", address, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert address in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_ctrl_c_saves_and_the_printed_command_continues(tmp_path: Path) -> None:
     recipe = tmp_path / "job.toml"
     recipe.write_text(RECIPE.format(steps=600))
     command = [sys.executable, "-c", "from tempo.cli import main; main()"]
-    arguments = ["train", str(recipe), "--plain", "--out", str(tmp_path / "out")]
-    with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True) as process:
+    arguments = ["train", str(recipe), "--out", str(tmp_path / "out"), "--scheme", "insecure-plain"]
+    arguments += ["--set", "session.placement=all", "--set", "session.local_threads=1"]
+    # A terminal's Ctrl-C reaches the local worker too.
+    with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("step 90/"):
-                process.send_signal(signal.SIGINT)
+                os.killpg(process.pid, signal.SIGINT)
                 break
         rest = process.stdout.read()
     assert process.returncode == 130
