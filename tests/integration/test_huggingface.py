@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,7 @@ def bert() -> nn.Module:
 
 
 def vit() -> nn.Module:
-    return hf.ViTForImageClassification(
-        hf.ViTConfig(image_size=16, patch_size=4, num_labels=3, **NARROW, **NO_DROPOUT)
-    )
+    return hf.ViTForImageClassification(hf.ViTConfig(image_size=16, patch_size=4, num_labels=3, **NARROW, **NO_DROPOUT))
 
 
 def resnet() -> nn.Module:
@@ -85,7 +82,7 @@ def gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[
 
 def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
-    # Some gradients are zero but for rounding (a key's bias, a bias before BatchNorm): those are compared with the rest.
+    # Some are zero but for rounding (a key's bias, a bias before BatchNorm): those are compared with the rest.
     largest = max(float(g.norm()) for g in expected.values())
     for name, g in expected.items():
         error = float((actual[name] - g).norm()) / max(float(g.norm()), 1e-2 * largest)
