@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import secrets
-import weakref
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -83,7 +81,6 @@ class Session:
         self.name = name
         self._engine = Engine(settings, schemes.create(settings.scheme), links, truth)
         self._layers: list[ProtectedLayer] = []
-        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @property
     def settings(self) -> Settings:
@@ -109,16 +106,13 @@ class Session:
         elsewhere = next((f"{n} is on {p.device}" for n, p in model.named_parameters() if p.device.type != "cpu"), None)
         if elsewhere is not None:
             raise SettingsError(f"protect(): {elsewhere}; the trusted side runs on the CPU: call model.cpu() first")
-        patterns = [p for p in self.settings.trusted if _matches_any(p, model)] + list(trusted)
-        self._layers += protect(model, self._engine, patterns)
-        self._models.add(model)
+        self._layers += protect(model, self._engine, [*self.settings.trusted, *trusted])
         self._warn_of_known_breaks(model)
         return model
 
     def unprotect(self, model: M) -> M:
         """Give ``model`` back as it was, with its present weights."""
         unprotect(model)
-        self._models.discard(model)
         self._layers = [layer for layer in self._layers if isinstance(layer.module, Protected)]
         return model
 
@@ -154,15 +148,21 @@ class Session:
 
     def _warn_of_known_breaks(self, model: nn.Module) -> None:
         """Say once, specifically, what is known to break this scheme on this model."""
-        applies = {
-            "always": True,
-            "relu": any(isinstance(m, nn.ReLU | nn.ReLU6 | nn.LeakyReLU) for m in model.modules()),
-        }
+        # Hugging Face models remember where their weights came from; of others nothing is known.
+        origin = getattr(getattr(model, "config", None), "_name_or_path", "")
+        applies = {"always": True, "public-base": bool(origin)}
         scheme = self._engine.scheme
+        if self.settings.insecure_no_tls:
+            self._engine.warn_once(
+                "insecure_no_tls: anyone on the way to the workers can read and change masked tensors",
+                ProtectionWarning,
+            )
+        if self.settings.insecure_record_truth:
+            self._engine.warn_once(
+                f"insecure_record_truth: plain operands and masks are being written to "
+                f"{self.settings.insecure_record_truth!r}",
+                ProtectionWarning,
+            )
         for condition, message in scheme.traits.known_breaks.items():
             if applies.get(condition, False):
                 self._engine.warn_once(f"scheme {scheme.name!r}: {message}", ProtectionWarning)
-
-
-def _matches_any(pattern: str, model: nn.Module) -> bool:
-    return any(fnmatchcase(name, pattern) for name, _ in model.named_modules())

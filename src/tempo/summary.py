@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from tempo.engine.engine import Engine
 from tempo.engine.site import Site
@@ -52,9 +53,9 @@ class Summary:
         for line in self.lines:
             share = f"{(line.offloaded + line.trusted) / total:.1%}" if total else "?"
             where = "workers" if line.offloaded > line.trusted else "trusted" if line.trusted else "?"
-            table.add_row(line.name, line.kind, where, line.reason, share)
+            table.add_row(Text(line.name), line.kind, where, Text(line.reason), share)
         yield table
-        yield f"workers: {'; '.join(self.workers)}"
+        yield Text(f"workers: {'; '.join(self.workers)}")
         yield (
             f"{self.offloaded_share:.1%} of these layers' forward FLOPs went to workers. "
             "Attention products, softmax, norms and all else stay trusted; session.trusted_products(model) lists them."
@@ -72,7 +73,7 @@ def _line(layer: ProtectedLayer) -> Line:
         sites = list(layer.site.parts.values())
     usages = [site.usage for site in sites]
     return Line(
-        layer.name or "(the model itself)",
+        layer.name,
         type(layer.module).__name__,
         sum(usage.offloaded for usage in usages),
         sum(usage.trusted for usage in usages),

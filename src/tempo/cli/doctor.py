@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tempo import __version__
 from tempo.engine.geometry import flops
@@ -54,8 +55,8 @@ def doctor(
         if link.welcome.version != __version__:
             problems.append(f"{text}: runs Tempo {link.welcome.version}; install {__version__} there, or that one here")
         table.add_row(
-            text,
-            link.welcome.device,
+            Text(text),
+            Text(link.welcome.device),
             f"{link.welcome.memory_limit / 2**30:.1f}",
             f"{seen.latency_s * 1e6:,.0f}",
             f"{seen.upload_bytes_per_s / 1e9:.2f}",

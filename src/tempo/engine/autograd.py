@@ -34,13 +34,16 @@ class _WeightGate(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, pending: _Pending) -> Tensor:
         ctx.pending = pending
         ctx.dtype = weight.dtype
+        ctx.set_materialize_grads(False)
         return weight.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _token_gradient: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, token_gradient: Tensor | None) -> tuple[Tensor | None, None]:
         awaited, ctx.pending.await_gradient = ctx.pending.await_gradient, None
-        return None if awaited is None else awaited().to(ctx.dtype), None
+        if awaited is None or token_gradient is None:  # this weight's output went unused
+            return None, None
+        return awaited().to(ctx.dtype), None
 
 
 class _Offload(torch.autograd.Function):
@@ -67,24 +70,34 @@ class _Offload(torch.autograd.Function):
                     y += bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
         ctx.save_for_backward(x, *weights)
         ctx.product, ctx.call, ctx.pending = product, call, pending
+        ctx.shapes = [y.shape for y in outputs]
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         members = len(gradients)
         needs_x, *needs = ctx.needs_input_grad[3:]
-        needs_w, needs_b = needs[:members], needs[members:]
+        # A member whose output went unused has no gradient at all, as in plain PyTorch: not one of zeros.
+        needs_w, needs_b = (
+            [need and g is not None for need, g in zip(part, gradients, strict=True)]
+            for part in (needs[:members], needs[members:])
+        )
+        used = [g for g in gradients if g is not None]
         dx = None
-        if needs_x or any(needs_w):
-            g = gradients[0] if members == 1 else torch.cat(gradients, 1)
+        if used and (needs_x or any(needs_w)):
+            whole = [used[0].new_zeros(s) if g is None else g for g, s in zip(gradients, ctx.shapes, strict=True)]
+            g = whole[0] if members == 1 else torch.cat(whole, 1)
             dx, weight_gradients = _fresh_call(ctx).backward(g, want_dx=needs_x, want_dw=any(needs_w))
             if weight_gradients is not None:
                 _hand_over(weight_gradients, ctx.pending)
-        tokens = [g.new_zeros(0) if need else None for g, need in zip(gradients, needs_w, strict=True)]
+        tokens = [
+            g.new_zeros(0) if need and g is not None else None for g, need in zip(gradients, needs_w, strict=True)
+        ]
         biases = [
-            g.sum([0, *range(2, g.dim())]).to(dtype) if need else None
+            g.sum([0, *range(2, g.dim())]).to(dtype) if need and g is not None else None
             for g, need, dtype in zip(gradients, needs_b, ctx.bias_dtypes, strict=True)
         ]
         return None, None, None, dx, *tokens, *biases

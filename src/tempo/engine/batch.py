@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -42,6 +43,8 @@ class Batch:
         self.layer = layer
         self.posted: dict[int, Posted] = {}
         self._futures: dict[str, dict[int, Future[Any]]] = {}
+        # A gradient may never be asked for; its buffer is then given back with the next batch.
+        weakref.finalize(self, engine.abandoned.append, self._futures)
 
     def post(self, send: Operand, message: type[Store | Forward | Backward], wants: Wants, **fields: Any) -> None:
         """Send ``message`` with the tensors of ``send`` to its worker, asking for ``wants``."""

@@ -68,8 +68,14 @@ class TrustedProducts(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run ``func`` and count it if it multiplies matrices."""
-        result = func(*args, **(kwargs or {}))
         count = _FORMULAS.get(func.overloadpacket)
+        if count is None and torch.is_inference_mode_enabled():
+            # Autograd, which is off here, would have taken `linear` and `matmul` apart.
+            with self:
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **(kwargs or {}))
         if count is not None:
             parents = self._tracker.parents - {"Global"}
             module = max(parents, key=lambda name: name.count("."), default=self._root)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -53,6 +56,8 @@ class Engine:
         self.sharing = InputSharing()
         self.step = 0
         self.truth = truth
+        self.abandoned: deque[dict[str, dict[int, Future[Any]]]] = deque()
+        """Answers that nobody will read; appended to by finalizers, which must not take locks."""
         self._numbers = itertools.count(1)
         self._backward_since_step = False
         self._warned: set[str] = set()
@@ -91,7 +96,15 @@ class Engine:
 
     def batch(self, product: Product) -> Batch:
         """A batch of requests for one product, one to each worker that takes part."""
+        while self.abandoned:
+            for futures in self.abandoned.popleft().values():
+                for worker, future in futures.items():
+                    future.add_done_callback(partial(self._release_unread, worker))
         return Batch(self, product.name, product.number)
+
+    def _release_unread(self, worker: int, future: Future[Any]) -> None:
+        if future.exception() is None and future.result() is not None:
+            self.links[worker].release(future.result())
 
     def forget(self, workers: Sequence[int], weight: int, operand: int) -> None:
         """Let workers drop what is garbage here. Safe in finalizers: nothing is sent before the next request."""

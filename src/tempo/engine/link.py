@@ -288,7 +288,8 @@ class Link:
             raise WorkerRefusedError(f"{who} refused: {_printable(answer.message)}")
         if not isinstance(answer, Welcome) or answer.protocol != PROTOCOL:
             raise WorkerRefusedError(f"{who} does not speak protocol {PROTOCOL}: install the same version on both")
-        return answer
+        said = {name: _printable(getattr(answer, name)) for name in ("version", "device")}
+        return msgspec.structs.replace(answer, **said)
 
     def _receive_all(self) -> None:
         try:

@@ -16,6 +16,9 @@ from tempo.wire.messages import Probe
 if TYPE_CHECKING:
     from tempo.engine.link import Link
 
+_PATIENCE: Final = 60.0
+"""Seconds to wait for the answer to one probe."""
+
 _ENOUGH: Final = 0.02
 """Seconds after which a probe is long enough to be trusted."""
 
@@ -56,7 +59,7 @@ def _probe(link: Link, size: int = 0, upload: int = 0, download: int = 0) -> flo
     started = time.perf_counter()
     future: Future[Tensor] | Future[None]
     for future in link.request(Probe(size=size), operands, wants).values():
-        answer = future.result()
+        answer = future.result(timeout=_PATIENCE)
         if answer is not None:
             link.release(answer)
     return time.perf_counter() - started

@@ -1,7 +1,7 @@
 """Keeps the C allocator from giving large blocks back to the kernel between steps.
 
 Every tensor above 128 KiB is otherwise a fresh mapping, and touching it for the first time costs a page fault per
-4 KiB: on the layers that stay trusted, several times the computation itself (and faults cost more inside a TEE).
+4 KiB, which can take longer than the layers that stay trusted compute (and faults cost more inside a TEE).
 """
 
 from __future__ import annotations

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 class StoredWeight:
     """A masked weight on workers, until it is garbage."""
 
-    def __init__(
-        self, product: Product, encoded: EncodedWeight, targets: Sequence[Target], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, product: Product, encoded: EncodedWeight, targets: Sequence[Target], dtype: torch.dtype) -> None:
         engine = product.engine
         self.encoded = encoded
         self.dtype = dtype
@@ -95,9 +93,13 @@ class Product:
             self._check_finite(x, "input")
             encoded = stored.encoded.encode_input(x, engine.keys.fresh(self.number, "x"), targets, engine.empty)
         engine.stats.encryptions["x"] += 1
-        stored.rows_served += x.shape[0]
+        stored.rows_served += x.numel() // x.shape[1]  # of a convolution, every pixel is a row
         call = Call(self, stored, encoded, weights, keep)
-        return call.forward(x), call
+        try:
+            return call.forward(x), call
+        except BaseException:
+            self._stored = None  # whether the worker holds it is not known
+            raise
 
     def repeat(self, x: Tensor, weights: Sequence[Tensor], sources: Sequence[Tensor]) -> Call:
         """The same call under fresh masks, for another gradient."""
@@ -235,10 +237,12 @@ class Fingerprint:
         w = w.detach()
         flat = w.reshape(len(w), -1)
         key = (flat.shape[1], w.dtype)
+        # Half precisions would round away what moved.
+        dtype = torch.promote_types(w.dtype, torch.float32)
         if key not in _PROBES:
-            _PROBES[key] = torch.linspace(1, 2, flat.shape[1], dtype=torch.float64).sin().to(w.dtype)
+            _PROBES[key] = torch.linspace(1, 2, flat.shape[1], dtype=torch.float64).sin().to(dtype)
         self._facts = (-1 if w.is_inference() else w._version, tuple(w.shape), w.dtype)
-        self._moved = torch.mv(flat, _PROBES[key])
+        self._moved = torch.mv(flat.to(dtype), _PROBES[key])
         self._sum = _sum_of_bits(flat)
 
     def __eq__(self, other: object) -> bool:

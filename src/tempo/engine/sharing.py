@@ -50,7 +50,6 @@ class Stash:
         return (
             len(now) == len(self._seen)
             and self._mode == (torch.is_grad_enabled(), compute_dtype(x, weight))
-            and not any(t.is_inference() for t in now)
             and all(seen.same(t) for seen, t in zip(self._seen, now, strict=True))
         )
 
@@ -99,9 +98,18 @@ class InputSharing:
         self._recent: deque[tuple[_Seen, Site]] = deque(maxlen=8)
         self._unsuitable: weakref.WeakSet[Site] = weakref.WeakSet()
 
+    @staticmethod
+    def possible(x: Tensor, weight: Tensor) -> bool:
+        """Whether a call with these can be told from another, and may compute what others will ask for."""
+        if x.is_inference() or weight.is_inference():
+            return False  # no version counters
+        # Under saved-tensor hooks (`torch.utils.checkpoint`) a recomputation must save what the first pass saved,
+        # call by call, whether or not a group was found in between.
+        return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
     def noticed(self, site: Site, x: Tensor, parameters: Parameters) -> None:
         """Note that ``site`` is being called with ``x``; may make it the head of a group."""
-        if x.is_inference() or site in self._unsuitable:
+        if site in self._unsuitable:
             return
         neighbours, site.neighbours = site.neighbours, []
         if len(neighbours) > 1 and all(other.group is None for other, _ in neighbours):

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tempo.engine.autograd import offload
-from tempo.engine.dtypes import compute_dtype
+from tempo.engine.dtypes import WIRE_DTYPES, compute_dtype
 from tempo.engine.geometry import flops
 from tempo.engine.placement import Decision
 from tempo.engine.product import Product
@@ -60,23 +61,22 @@ class Site:
     def linear(self, x: Tensor, parameters: Parameters, trusted: Callable[[], Tensor]) -> Tensor:
         """A fully connected layer on ``x`` of shape (..., features); ``trusted`` computes the same here."""
         weight, bias = parameters()
-        if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-            return trusted()  # raises what plain PyTorch raises
+        if x.is_nested or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+            return trusted()  # computes, or raises, what plain PyTorch does
         rows = x.numel() // max(1, x.shape[-1])
         shape = (rows, x.shape[-1])
         if not self._goes_out(Linear(), shape, x, weight):
             return trusted()
-        given = self._take_stashed(x, weight, bias)
-        if given is not None:
-            return given
-        if self.group is None:
-            self.engine.sharing.noticed(self, x, parameters)
-        members = self.group.starting_with(self) if self.group is not None else []
-        if len(members) < 2:
-            (y,) = self.compute(self._product(Linear()), x, [weight], [bias])
-            return y
-        assert self.group is not None  # noqa: S101 - it has members
-        return self.group.compute(members, x)
+        if self.engine.sharing.possible(x, weight):
+            given = self._take_stashed(x, weight, bias)
+            if given is not None:
+                return given
+            if self.group is None:
+                self.engine.sharing.noticed(self, x, parameters)
+            if self.group is not None and (members := self.group.starting_with(self)):
+                return self.group.compute(members, x)
+        (y,) = self.compute(self._product(Linear()), x, [weight], [bias])
+        return y
 
     @torch.compiler.disable
     def convolution(
@@ -111,10 +111,8 @@ class Site:
             decision = Decision(False, self.keep_trusted)
         elif cost == 0:
             decision = Decision(False, "empty")
-        elif x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            decision = Decision(False, f"input is {x.dtype}, weight {weight.dtype}")
-        elif x.device.type != "cpu" or weight.device.type != "cpu":
-            decision = Decision(False, f"its tensors are on {x.device}; the trusted side of Tempo runs on the CPU")
+        elif (reason := _out_of_reach(x, weight)) is not None:
+            decision = Decision(False, reason)
         else:
             training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
             decision = self.engine.planner.decide(shape, tuple(weight.shape), cost, dtype, training)
@@ -143,3 +141,19 @@ class Site:
     def stash(self, stash: Stash) -> None:
         """Keep the output of a group's call until this site is called."""
         self._stash = stash
+
+
+def _out_of_reach(x: Tensor, weight: Tensor) -> str | None:
+    """Why a product of these cannot be sent, or None. Plain PyTorch then computes it here, or raises what it raises."""
+    for tensor in (x, weight):
+        if tensor.device.type != "cpu":
+            return f"its tensors are on {tensor.device}; the trusted side of Tempo runs on the CPU"
+        if tensor.layout != torch.strided or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return f"not dense tensors: {type(tensor).__name__} of layout {tensor.layout}"
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"input is {x.dtype}, weight {weight.dtype}"
+    if compute_dtype(x, weight) not in WIRE_DTYPES:
+        return f"{weight.dtype} is not a floating-point type that workers compute in"
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "inside a trace, torch.func or forward-mode differentiation, which see PyTorch's own operations only"
+    return None

@@ -23,7 +23,7 @@ class TruthRecorder:
 
     def __init__(self, folder: str, session: str, scheme: str) -> None:
         self._folder = Path(folder) / session
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         manifest = {"version": VERSION, "session": session, "scheme": scheme}
         (self._folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 

@@ -24,7 +24,8 @@ class Protected:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as the plain module: a stored model does not know of the session it ran under."""
-        state = {name: value for name, value in self.__dict__.items() if name != "_tempo"}
+        state = dict(self.__getstate__())  # type: ignore[call-overload] # raises where parametrizations forbid it
+        state.pop("_tempo", None)
         return copyreg.__newobj__, (self._tempo_original,), state  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

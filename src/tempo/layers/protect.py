@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -12,9 +12,11 @@ from torch.nn.parameter import is_lazy
 
 from tempo.engine.engine import Engine
 from tempo.engine.site import Site
-from tempo.errors import SettingsError
+from tempo.errors import ProtectionWarning, SettingsError
 from tempo.layers import layer_type
 from tempo.layers.base import Protected, overrides, protected_class
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 RAW_CHANNELS = 4
 """A convolution on at most this many channels sees raw pixels or samples."""
@@ -41,35 +43,41 @@ def protect(model: nn.Module, engine: Engine, trusted: Sequence[str]) -> list[Pr
         The layers found, whether they go out or not.
 
     Raises:
-        SettingsError: The model is protected already, or a pattern matches no module.
+        SettingsError: The model is protected already, or a pattern covers no layer.
     """
-    names = [name for name, _ in model.named_modules()]
-    for pattern in trusted:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise SettingsError(f"trusted={pattern!r} matches no module of this {type(model).__name__}")
     if any(isinstance(module, Protected) for module in model.modules()):
         raise SettingsError("this model is protected already; call unprotect() of its session first")
+    supported = [(name, module, entry) for name, module in model.named_modules() if (entry := layer_type(module))]
+    inside = _inside_attention(model)
+    _check_patterns(trusted, [name for name, _, entry in supported if entry.computes and name not in inside], inside)
     found = []
-    keep_first_convolution = engine.settings.placement == "auto"
-    for name, module in _own_products(model):
-        entry = layer_type(module)
-        if entry is None:
+    convolutions_seen = 0
+    for name, module, entry in supported:
+        if name in inside:
             continue
         reason = _reason_to_keep(name, module, trusted)
-        if reason is None and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and keep_first_convolution:
-            keep_first_convolution = False
-            reason = "first convolution: few FLOPs on the rawest pixels"
+        if isinstance(module, _CONVOLUTIONS):
+            convolutions_seen += 1
+            if reason is None and (convolutions_seen == 1 or module.in_channels <= RAW_CHANNELS):
+                if engine.settings.placement == "auto":
+                    reason = "first convolution: few FLOPs on the rawest pixels"
+                else:
+                    engine.warn_once(
+                        f"layer {name!r} is a convolution on near-raw input; masks leave its spatial axes as they are, "
+                        f"so workers get to see mixed pictures (trusted={name!r} keeps it here)",
+                        ProtectionWarning,
+                    )
         bypass = overrides(module, entry.base, entry.methods)
         if bypass is not None:
             reason = f"{bypass} overrides what Tempo would replace"
             warnings.warn(f"layer {name!r} stays trusted: {reason}", stacklevel=3)
-        site = entry.make_site(Site(engine, name, reason))
+        site = entry.make_site(Site(engine, name or type(module).__name__, reason))
         if bypass is None:
             # Not through __setattr__: a module would look for a parameter or submodule of that name.
             module.__dict__["_tempo"] = site
             module.__class__ = protected_class(type(module), entry.protected)
         if entry.computes:
-            found.append(ProtectedLayer(name, module, site))
+            found.append(ProtectedLayer(site.name, module, site))
     return found
 
 
@@ -81,15 +89,33 @@ def unprotect(model: nn.Module) -> None:
             module.__class__ = module._tempo_original  # type: ignore[assignment]
 
 
-def _own_products(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by name, without the output projections that attention layers read by themselves."""
-    inner = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    return ((name, module) for name, module in model.named_modules() if id(module) not in inner)
+def _inside_attention(model: nn.Module) -> set[str]:
+    """Names of the output projections that attention layers read by themselves: they go where the attention goes."""
+    attentions = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    return {f"{name}.out_proj".removeprefix(".") for name, _ in attentions}
+
+
+def _check_patterns(trusted: Sequence[str], layers: Sequence[str], inside_attention: set[str]) -> None:
+    """Refuse a pattern that would keep nothing: a typo must not send a layer out."""
+    for pattern in trusted:
+        split = next((name for name in inside_attention if fnmatchcase(name, pattern)), None)
+        if split is not None and not _covers(pattern, split.rpartition(".")[0]):
+            raise SettingsError(
+                f"trusted={pattern!r} names {split!r}, which goes where its attention layer goes: name that one"
+            )
+        if not any(_covers(pattern, layer) for layer in layers):
+            raise SettingsError(f"trusted={pattern!r} covers none of the layers that would go out")
+
+
+def _covers(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` names the module ``name`` or one that contains it."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
 def _reason_to_keep(name: str, module: nn.Module, trusted: Sequence[str]) -> str | None:
     """Why a layer never goes out, or None."""
-    pattern = next((p for p in trusted if fnmatchcase(name, p)), None)
+    pattern = next((p for p in trusted if _covers(p, name)), None)
     if pattern is not None:
         return f"kept by trusted={pattern!r}"
     if any(is_lazy(p) for p in module.parameters(recurse=False)):

@@ -23,17 +23,9 @@ import torch
 from torch import Tensor
 
 from tempo.keys import Keystream
-
-_CHUNK = 1 << 18
-"""Elements handled at a time, so that the passes of one chunk stay in the second-level cache."""
-
-
-@dataclass(frozen=True)
-class Gather:
-    """One form of a mask, ready to apply: ``out[i] = scale[i] * x[index[i]]``."""
-
-    index: Tensor
-    scale: Tensor
+from tempo.schemes import haar
+from tempo.schemes.operators import Blocks, Gather, Operator, inverse_index
+from tempo.schemes.sandwich import sandwich
 
 
 class Form(Enum):
@@ -55,38 +47,60 @@ _UNDO = {Form.PLAIN: Form.INVERSE, Form.INVERSE: Form.PLAIN, Form.TRANSPOSE: For
 
 @dataclass(frozen=True)
 class Mask:
-    """A generalised permutation: row ``i`` of ``M x`` is ``scale[i] * x[permutation[i]]``.
+    """An invertible operator: generalised permutations, with block-diagonal matrices between them.
 
-    ``permutation`` is None for the identity.
+    A generalised permutation alone is the mask of `tempo`; ``rounds`` blocks between ``rounds + 1`` permutations are
+    that of `mix`; no gather at all is the identity. ``inverses`` are those of ``blocks``.
     """
 
-    permutation: Tensor | None
-    scale: Tensor
+    gathers: tuple[Gather, ...] = ()
+    blocks: tuple[Blocks, ...] = ()
+    inverses: tuple[Blocks, ...] = ()
 
-    def gather(self, form: Form) -> Gather | None:
-        """``form`` of this mask as an index and a scale, or None for the identity."""
-        return None if self.permutation is None else self._forms[form]
+    def operator(self, form: Form) -> Operator | None:
+        """``form`` of this mask, or None for the identity."""
+        if not self.gathers:
+            return None
+        blocks = self.blocks if form in (Form.PLAIN, Form.TRANSPOSE) else self.inverses
+        if form in (Form.TRANSPOSE, Form.DUAL):
+            blocks = tuple(Blocks(tuple(batch.mT for batch in stage.batches)) for stage in blocks)
+        backwards = form in (Form.INVERSE, Form.TRANSPOSE)
+        return Operator(self._gathers[form], blocks[::-1] if backwards else blocks)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Everything the mask consists of, for the insecure record of the truth."""
+        found = {}
+        for number, gather in enumerate(self.gathers):
+            prefix = f"{name}{number or ''}"
+            found[f"{prefix}_permutation"] = gather.index
+            if gather.scale is not None:
+                found[f"{prefix}_scale"] = gather.scale
+        for number, stage in enumerate(self.blocks):
+            found |= {f"{name}{number or ''}_blocks{i}": batch for i, batch in enumerate(stage.batches)}
+        return found
 
     @cached_property
-    def _forms(self) -> dict[Form, Gather]:
-        index = self.permutation
-        assert index is not None  # noqa: S101 - the identity never gets here
-        back = torch.empty_like(index)
-        back[index.long()] = torch.arange(len(index), dtype=index.dtype)
-        reciprocal = self.scale.reciprocal()
+    def _gathers(self) -> dict[Form, tuple[Gather, ...]]:
+        dual, inverse, transpose = [], [], []
+        for gather in self.gathers:
+            back, scale = inverse_index(gather.index), gather.scale
+            reciprocal = None if scale is None else scale.reciprocal()
+            dual.append(Gather(gather.index, reciprocal))
+            inverse.insert(0, Gather(back, None if reciprocal is None else reciprocal[back.long()]))
+            transpose.insert(0, Gather(back, None if scale is None else scale[back.long()]))
         return {
-            Form.PLAIN: Gather(index, self.scale),
-            Form.DUAL: Gather(index, reciprocal),
-            Form.INVERSE: Gather(back, reciprocal[back.long()]),
-            Form.TRANSPOSE: Gather(back, self.scale[back.long()]),
+            Form.PLAIN: self.gathers,
+            Form.DUAL: tuple(dual),
+            Form.INVERSE: tuple(inverse),
+            Form.TRANSPOSE: tuple(transpose),
         }
 
 
-IDENTITY = Mask(None, torch.ones(0))
+IDENTITY = Mask()
 
 
 def draw(stream: Keystream, size: int, max_scale: int, group_order: Tensor | None = None) -> Mask:
-    """Draw a mask: a uniform permutation and uniform integer scales in ``1 .. max_scale``.
+    """Draw a generalised permutation: a uniform permutation and uniform integer scales in ``1 .. max_scale``.
 
     Args:
         stream: Where the randomness comes from.
@@ -102,8 +116,52 @@ def draw(stream: Keystream, size: int, max_scale: int, group_order: Tensor | Non
         inner = np.stack([stream.permutation(width) for _ in range(len(group_order))])
         permutation = (inner + width * group_order.numpy()[:, None]).reshape(-1)
     scale = stream.integers(1, max_scale, size)
+    return Mask((Gather(_index(permutation), torch.from_numpy(scale).to(torch.float64)),))
+
+
+def draw_blocks(
+    stream: Keystream, size: int, block: int, rounds: int, condition: float, group_order: Tensor | None = None
+) -> Mask:
+    """Draw ``rounds`` block-diagonal matrices between uniform permutations.
+
+    Args:
+        stream: Where the randomness comes from.
+        size: Elements of the axis.
+        block: Least side of a block; a group has at least as many elements.
+        rounds: How often to mix.
+        condition: Bound on the blocks' condition number; 1 draws orthogonal ones.
+        group_order: As for `draw`; blocks then mix within groups.
+    """
+    order = np.zeros(1, dtype=np.int64) if group_order is None else group_order.numpy()
+    groups, width = len(order), size // len(order)
+    count = width // block
+    side, larger = divmod(width, count)
+    shapes = [(n, s) for n, s in ((groups * larger, side + 1), (groups * (count - larger), side)) if n]
+    # All groups' larger blocks come first, so that there are two batches at most; a line of `slots` is where the
+    # blocks of one group lie.
+    owner = np.concatenate([np.repeat(np.arange(groups), n * s // groups) for n, s in shapes])
+    slots = np.argsort(owner, kind="stable").reshape(groups, width)
+    channels = np.arange(size).reshape(groups, width)
+
+    def shuffle(source: np.ndarray, target: np.ndarray) -> Gather:
+        index = np.empty(size, dtype=np.int64)
+        for here, there in zip(target, source, strict=True):
+            index[here] = there[stream.permutation(width)]
+        return Gather(_index(index))
+
+    gathers, stages, inverses = [shuffle(channels, slots)], [], []
+    for number in range(rounds):
+        drawn = [haar.blocks(stream, n, s, condition) for n, s in shapes]
+        stages.append(Blocks(tuple(matrices for matrices, _ in drawn)))
+        inverses.append(Blocks(tuple(inverse for _, inverse in drawn)))
+        last = number == rounds - 1
+        gathers.append(shuffle(slots[order], channels) if last else shuffle(slots, slots))
+    return Mask(tuple(gathers), tuple(stages), tuple(inverses))
+
+
+def _index(permutation: np.ndarray) -> Tensor:
     # 32-bit indices: column gathers run 1.7 times as fast as with 64-bit ones.
-    return Mask(torch.from_numpy(permutation.astype(np.int32)), torch.from_numpy(scale).to(torch.float64))
+    return torch.from_numpy(permutation.astype(np.int32))
 
 
 Role = Literal["x", "w", "y", "g", "dx", "dw"]
@@ -128,90 +186,34 @@ class Masks:
     def encode(self, role: Role, plain: Tensor, out: Tensor) -> None:
         """Write the masked form of ``plain`` into ``out``, converting to its dtype."""
         rows, row_form, columns, column_form = _FORMS[role]
-        sandwich(plain, getattr(self, rows).gather(row_form), getattr(self, columns).gather(column_form), out)
+        sandwich(plain, getattr(self, rows).operator(row_form), getattr(self, columns).operator(column_form), out)
 
-    def decode(
-        self, role: Role, masked: Tensor, out: Tensor, *, rows: slice | None = None, cols: slice | None = None
-    ) -> None:
-        """Write the plain form of ``masked`` into ``out``; ``rows`` or ``cols`` selects a part of the plain tensor."""
+    def decode(self, role: Role, masked: Tensor, *outs: Tensor) -> None:
+        """Write the plain form of ``masked`` into ``outs``: all of it, or consecutive pieces by output features."""
         row_mask, row_form, column_mask, column_form = _FORMS[role]
-        row = part(getattr(self, row_mask).gather(row_form.undo), rows)
-        column = part(getattr(self, column_mask).gather(column_form.undo), cols)
-        if row is None and rows is not None:
-            masked = masked[rows]
-        if column is None and cols is not None:
-            masked = masked[:, cols]
-        sandwich(masked, row, column, out)
+        rows: Operator | None = getattr(self, row_mask).operator(row_form.undo)
+        columns: Operator | None = getattr(self, column_mask).operator(column_form.undo)
+        if len(outs) == 1:
+            sandwich(masked, rows, columns, outs[0])
+            return
+        axis = 1 if role == "y" else 0
+        if any(operator is not None and operator.blocks for operator in (rows, columns)):
+            # Blocks span the pieces: unmask the whole once.
+            whole = torch.empty(masked.shape, dtype=outs[0].dtype)
+            sandwich(masked, rows, columns, whole)
+            for out, piece in zip(outs, whole.split([out.shape[axis] for out in outs], axis), strict=True):
+                out.copy_(piece)
+            return
+        start = 0
+        for out in outs:
+            which = slice(start, start + out.shape[axis])
+            start = which.stop
+            across = columns if axis else rows
+            part = None if across is None else Operator((_part(across.gathers[0], which),))
+            piece = masked.narrow(axis, which.start, out.shape[axis]) if across is None else masked
+            sandwich(piece, *((rows, part) if axis else (part, columns)), out)
 
 
-def part(gather: Gather | None, which: slice | None) -> Gather | None:
-    """The rows ``which`` of an operator."""
-    if gather is None or which is None:
-        return gather
-    return Gather(gather.index[which], gather.scale[which])
-
-
-def sandwich(x: Tensor, rows: Gather | None, columns: Gather | None, out: Tensor) -> None:
-    """``out[i, j] = rows.scale[i] * columns.scale[j] * x[rows.index[i], columns.index[j]]``, at every position.
-
-    Where ``x`` is a grouped convolution's weight, axis 1 counts channels within a group, and ``columns`` spans all
-    groups: row ``i`` then uses the columns of its own group.
-    """
-    if out.numel() == 0:
-        return
-    if rows is None and columns is None:
-        out.copy_(x)
-    elif x.dim() == 2:
-        _sandwich_matrix(x, rows, columns, out)
-    else:
-        _sandwich_planes(x, rows, columns, out)
-
-
-def _work_dtype(x: Tensor) -> torch.dtype:
-    # Scales are applied in at least float32 and rounded once, into the target's dtype.
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _sandwich_matrix(x: Tensor, rows: Gather | None, columns: Gather | None, out: Tensor) -> None:
-    height, width = out.shape
-    work = _work_dtype(x)
-    row_scale = None if rows is None else rows.scale.to(work).unsqueeze(1)
-    column_scale = None if columns is None else columns.scale.to(work)
-    step = max(1, _CHUNK // max(1, width))
-    for start in range(0, height, step):
-        chunk = slice(start, start + step)
-        values = x[chunk] if rows is None else x.index_select(0, rows.index[chunk])
-        if columns is not None:
-            values = values.index_select(1, columns.index)
-        if row_scale is None:
-            torch.mul(values, column_scale, out=out[chunk])  # type: ignore[arg-type]
-        elif column_scale is None:
-            torch.mul(values, row_scale[chunk], out=out[chunk])
-        else:
-            torch.mul(values, row_scale[chunk] * column_scale, out=out[chunk])
-
-
-def _sandwich_planes(x: Tensor, rows: Gather | None, columns: Gather | None, out: Tensor) -> None:
-    height, width = x.shape[:2]
-    work = _work_dtype(x)
-    row_index = torch.arange(out.shape[0]) if rows is None else rows.index.long()
-    row_scale = torch.ones(len(row_index), dtype=work) if rows is None else rows.scale.to(work)
-    if columns is None:
-        column_index = torch.arange(width).unsqueeze(0)
-        column_scale = torch.ones(1, width, dtype=work)
-    else:
-        # One line per group; without groups there is one, broadcast over all rows.
-        groups = max(1, len(columns.index) // width)
-        column_index = columns.index.long().view(groups, -1) % width
-        column_scale = columns.scale.to(work).view(groups, -1)
-        if groups > 1:
-            column_index = column_index.repeat_interleave(len(row_index) // groups, 0)
-            column_scale = column_scale.repeat_interleave(len(row_index) // groups, 0)
-    planes = (row_index.unsqueeze(1) * width + column_index).view(-1)
-    scale = (row_scale.unsqueeze(1) * column_scale).view(-1, 1)
-    flat = x.contiguous().view(height * width, -1)
-    flat_out = out.view(len(planes), -1)
-    step = max(1, _CHUNK // max(1, flat.shape[1]))
-    for start in range(0, len(planes), step):
-        chunk = slice(start, start + step)
-        torch.mul(flat.index_select(0, planes[chunk]), scale[chunk], out=flat_out[chunk])
+def _part(gather: Gather, which: slice) -> Gather:
+    """The rows ``which`` of a gather."""
+    return Gather(gather.index[which], None if gather.scale is None else gather.scale[which])

@@ -45,10 +45,11 @@ class SingleMaskScheme(Scheme):
             Operand(target.worker, {"w": empty(target.worker, tuple(w.shape), problem.wire_dtype)}, whole)
             for target in targets
         ]
-        first = operands[0].tensors["w"]
-        masks.encode("w", w, first)
-        for operand in operands[1:]:
-            operand.tensors["w"].copy_(first)
+        # A send buffer can be shared with its worker, which must not get to change what others are sent.
+        source = operands[0].tensors["w"] if len(operands) == 1 else torch.empty(w.shape, dtype=problem.wire_dtype)
+        masks.encode("w", w, source)
+        for operand in operands if len(operands) > 1 else ():
+            operand.tensors["w"].copy_(source)
         return MaskedWeight(self, problem, masks, operands)
 
 

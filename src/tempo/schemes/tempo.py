@@ -24,11 +24,11 @@ class Tempo(SingleMaskScheme):
 
     name = "tempo"
     traits = Traits(
-        protects="permutes and scales what workers see; a ReLU network's zero patterns, or a known base "
-        "checkpoint, undo it",
+        protects="permutes and scales what workers see; sign patterns, or a known base checkpoint, undo it",
         known_breaks={
-            "relu": "ReLU keeps zeros and signs under a positive generalised permutation; matching the zero patterns "
-            "of neighbouring layers recovered every permutation of a small network, with nothing else known",
+            "always": "positive scales keep zeros and signs, and ReLU, GELU, SiLU and tanh carry them from layer to "
+            "layer; matching sign patterns of neighbouring layers recovered every permutation, with nothing else known "
+            "(docs/schemes/tempo.md)",
             "public-base": "row and column signatures against the public checkpoint recover permutations and scales",
         },
     )
