@@ -27,12 +27,14 @@ class InProcess:
     def __init__(self, stack: ExitStack, folder: Path, **options: Any) -> None:
         self._stack, self._folder = stack, folder
         self.server = Server(Options(**options))
+        self.sessions: list[threading.Thread] = []
 
     def socket(self) -> socket.socket:
         """Our end of a socket pair whose other end a session of the worker serves."""
         ours, theirs = socket.socketpair()
         thread = threading.Thread(target=self.server.serve, args=(theirs, "test"))
         thread.start()
+        self.sessions.append(thread)
         self._stack.callback(thread.join)
         self._stack.callback(ours.close)
         return ours
