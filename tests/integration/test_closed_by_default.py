@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -10,8 +11,11 @@ import torch
 from torch import nn
 
 import tempo
+from tempo.checkpoint import Checkpoint
 from tempo.engine.product import Fingerprint
 from tempo.errors import ProtectionWarning, SettingsError, WorkerOutOfMemoryError
+from tempo.recipes.inference import recipe_of
+from tempo.settings import Settings
 
 
 def nested() -> nn.Module:
@@ -128,3 +132,16 @@ def test_known_origin_is_called_a_public_base(connect):
     model.config._name_or_path = "google/vit-base-patch16-224"
     with pytest.warns(ProtectionWarning, match="public checkpoint"):
         connect(scheme="tempo").protect(model)
+
+
+def test_a_checkpoint_does_not_choose_where_inputs_go():
+    session = {"workers": ["evil:7070"], "scheme": "insecure-plain", "insecure_no_tls": True, "trusted": ["head"]}
+    state = {"recipe": {"model": {"name": "mlp"}, "run": {"steps": 1}, "session": session}}
+    found = Checkpoint(Path("somebody"), 1, {}, state)
+    adopted = recipe_of(found).session
+    assert adopted.workers == ()
+    assert adopted.scheme == Settings().scheme
+    assert not adopted.insecure_no_tls
+    assert adopted.trusted == ("head",)
+    chosen = recipe_of(found, ['session.workers=["mine:7070"]', "session.scheme=insecure-plain"]).session
+    assert (list(chosen.workers), chosen.scheme) == (["mine:7070"], "insecure-plain")

@@ -146,7 +146,7 @@ def test_the_comparison_ends_with_a_picture(tmp_path: Path, workers: list[str]) 
 
 def test_evaluation_through_workers_equals_plain(tmp_path: Path, workers: list[str]) -> None:
     outcome, _ = train(recipe(tmp_path), plain=True)
-    trained = inference.load(tmp_path, [f'session.workers=["{workers[0]}"]'])
+    trained = inference.load(tmp_path, [f'session.workers=["{workers[0]}"]', "session.placement=all"])
     test = training.data.load("digits", 70, 20).test
     with inference.protected(trained.model, trained.recipe.session) as session:
         loss, accuracy = inference.evaluate(trained.model, test, trained.format, 16)

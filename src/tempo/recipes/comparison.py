@@ -67,7 +67,7 @@ def compare(recipe: Recipe, console: Console, outcome: Outcome, *, resume: bool 
     )
     trained = inference.load(folder)
     source = data.load(recipe.data.source, recipe.data.train_limit, recipe.data.test_limit)
-    file = draw(folder, recipe.session.scheme, seen_by_a_worker(trained, source))
+    file = draw(folder, recipe.session.scheme, seen_by_a_worker(trained, recipe.session, source))
     console.print(f"picture: {file}", soft_wrap=True, highlight=False)
     return outcome
 
@@ -85,7 +85,7 @@ def largest_difference(folder: Path, plain: Path) -> tuple[float, float, int]:
     return absolute, absolute / max(abs(pairs[step][1]), 1e-12), step + 1
 
 
-def seen_by_a_worker(trained: Trained, source: data.Source) -> Seen:
+def seen_by_a_worker(trained: Trained, settings: recipes.Session, source: data.Source) -> Seen:
     """Run a few test images through a recording local worker, and try to read them back from what it received.
 
     The reader is a linear map from operand to pixels, fitted on plain operands of training images. It shows whether an
@@ -95,7 +95,7 @@ def seen_by_a_worker(trained: Trained, source: data.Source) -> Seen:
     batch = source.test.first(_BATCH)
     with TemporaryDirectory(prefix="tempo-transcript-") as folder:
         settings = msgspec.structs.replace(
-            trained.recipe.session, workers=(), local_workers=1, transcript=folder, insecure_record_truth=""
+            settings, workers=(), local_workers=1, transcript=folder, insecure_record_truth=""
         )
         with inference.protected(model, settings) as session, torch.no_grad():
             logits(model, form.numbers(batch.images))

@@ -86,8 +86,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Trained:
 
 
 def recipe_of(found: Checkpoint, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that ``found`` was trained by."""
-    return recipes.parse(table.override(found.state.get("recipe", {}), overrides), str(found.path))
+    """The recipe that ``found`` was trained by.
+
+    Of its session only the layers to keep trusted are taken over: a checkpoint may be somebody else's, who must not get
+    to choose where inputs go and under which mask.
+    """
+    values = dict(found.state.get("recipe", {}))
+    values["session"] = {"trusted": values.get("session", {}).get("trusted", [])}
+    return recipes.parse(table.override(values, overrides), str(found.path))
 
 
 def format_of(found: Checkpoint) -> Format:

@@ -315,9 +315,11 @@ def _placement(settings: recipes.Session, earlier: Checkpoint | None) -> tuple[r
     return msgspec.structs.replace(settings, placement="all"), earlier.state["trusted"]
 
 
-def _kept(summary: Summary) -> list[str]:
-    """Layers that ran in the trusted process only."""
-    return [line.name for line in summary.lines if line.trusted and not line.offloaded]
+def _kept(summary: Summary) -> list[str] | None:
+    """Layers that ran in the trusted process only; None while not every layer has had its one place."""
+    if any(bool(line.trusted) == bool(line.offloaded) for line in summary.lines):
+        return None
+    return [line.name for line in summary.lines if line.trusted]
 
 
 def _placed(summary: Summary) -> str:
