@@ -93,7 +93,7 @@ def _format_warning(
 def main() -> None:
     """Run the command line."""
     # The trusted process and local workers take turns on the same cores: idle OpenMP threads that spin, as they do by
-    # default, keep the other from working (measured: 30 against 700 samples/s on two busy cores). Read when torch loads.
+    # default, keep the other from working (measured: 30 against 700 samples/s on busy cores). Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.formatwarning = _format_warning
     app()
