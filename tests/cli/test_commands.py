@@ -161,7 +161,7 @@ def test_an_unreachable_worker_is_named(recipe: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_saves_and_the_printed_command_continues(tmp_path: Path) -> None:
     recipe = tmp_path / "job.toml"
-    recipe.write_text(RECIPE.format(steps=600))
+    recipe.write_text(RECIPE.format(steps=200))
     command = [sys.executable, "-c", "from tempo.cli import main; main()"]
     arguments = ["train", str(recipe), "--out", str(tmp_path / "out"), "--scheme", "insecure-plain"]
     arguments += ["--set", "session.placement=all", "--set", "session.local_threads=1"]
@@ -169,7 +169,7 @@ def test_ctrl_c_saves_and_the_printed_command_continues(tmp_path: Path) -> None:
     with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith("step 90/"):
+            if line.startswith("step 30/"):
                 os.killpg(process.pid, signal.SIGINT)
                 break
         rest = process.stdout.read()
@@ -177,7 +177,7 @@ def test_ctrl_c_saves_and_the_printed_command_continues(tmp_path: Path) -> None:
     last = rest.splitlines()[-1]
     done = len(losses(tmp_path / "out"))
     assert last.startswith(f"interrupted; step {done} is saved. Continue with: tempo train ")
-    assert 90 <= done < 600
+    assert 30 <= done < 200
     again = run(*shlex.split(last.split("tempo ", 1)[1]))
     assert again.exit_code == 0, again.output
-    assert len(losses(tmp_path / "out")) == 600
+    assert len(losses(tmp_path / "out")) == 200

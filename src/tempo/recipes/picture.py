@@ -73,7 +73,9 @@ def _curves(figure: Any, protected: list[Record], plain: list[Record]) -> None:
     loss.set_ylim(bottom=0)
     loss.legend(frameon=False, loc="upper right")
     accuracy.set(ylabel="test accuracy, %")
-    gap.set(ylabel="|Δ loss|\n(0: $10^{-9}$)", xlabel="step", xlim=(0, len(steps[0])))
+    gap.set(ylabel="|Δ loss|", xlabel="step", xlim=(0, len(steps[0])))
+    equal = "equal losses are drawn at $10^{-9}$"
+    gap.text(0.995, 0.97, equal, transform=gap.transAxes, ha="right", va="top", fontsize=8, color=_PALE)
     figure.align_ylabels()
 
 
