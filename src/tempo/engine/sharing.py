@@ -66,18 +66,19 @@ class Group:
         engine = members[0][0].engine
         self._product = Product(engine, " + ".join(site.name for site, _ in members), Linear())
 
-    def starting_with(self, leader: Site) -> list[tuple[Site, Tensor, Tensor | None]]:
-        """The members and their parameters, ``leader`` first; empty where they do not fit together any more."""
+    def starting_with(
+        self, leader: Site, weight: Tensor, bias: Tensor | None
+    ) -> list[tuple[Site, Tensor, Tensor | None]]:
+        """The members and their parameters, ``leader`` with its own first; empty where they do not fit any more."""
         self.misses += 1
-        found = []
+        found = [(leader, weight, bias)]
         for ref, parameters in self.members:
             site = ref()
             if site is None or self.misses > MAX_MISSES:
                 leader.engine.sharing.dissolve(self)
                 return []
-            found.append((site, *parameters()))
-        found.sort(key=lambda member: member[0] is not leader)
-        weight = found[0][1]
+            if site is not leader:
+                found.append((site, *parameters()))
         fits = all(w.shape[1] == weight.shape[1] and w.dtype == weight.dtype for _, w, _ in found)
         return found if fits else []
 

@@ -73,7 +73,7 @@ class Site:
                 return given
             if self.group is None:
                 self.engine.sharing.noticed(self, x, parameters)
-            if self.group is not None and (members := self.group.starting_with(self)):
+            if self.group is not None and (members := self.group.starting_with(self, weight, bias)):
                 return self.group.compute(members, x)
         (y,) = self.compute(self._product(Linear()), x, [weight], [bias])
         return y

@@ -26,7 +26,8 @@ class Protected:
         """Pickle as the plain module: a stored model does not know of the session it ran under."""
         state = dict(self.__getstate__())  # type: ignore[call-overload] # raises where parametrizations forbid it
         state.pop("_tempo", None)
-        return copyreg.__newobj__, (self._tempo_original,), state  # type: ignore[attr-defined]
+        # Not `copyreg.__newobj__`, with which pickle insists on the object's present class.
+        return copyreg._reconstructor, (self._tempo_original, object, None), state  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A deep copy is protected too, under labels of its own."""
@@ -64,6 +65,9 @@ def overrides(module: nn.Module, base: type[nn.Module], methods: tuple[str, ...]
 
     An override is known to pass it on if it calls ``super()``'s method of that name, or another of ``methods``.
     """
+    for method in methods:
+        if method in vars(module):
+            return f"a {method} set on the instance"
     for cls in type(module).__mro__:
         if cls is base:
             return None
