@@ -48,7 +48,7 @@ def connect(*workers: str, settings: Settings | None = None, **fields: Any) -> S
         raise SettingsError(f"connect(): give settings= or single fields, not both ({', '.join(fields)})")
     settings = settings or parse(fields)
     addresses = [Address.parse(worker) for worker in workers]
-    schemes.create(settings.scheme)  # a wrong name should not start workers first
+    schemes.create(settings.scheme, settings)  # a wrong name should not start workers first
     name = secrets.token_hex(8)
     links: list[Link] = []
     try:
@@ -79,7 +79,7 @@ class Session:
         folder = settings.insecure_record_truth
         truth = TruthRecorder(folder, name, settings.scheme) if folder else None
         self.name = name
-        self._engine = Engine(settings, schemes.create(settings.scheme), links, truth)
+        self._engine = Engine(settings, schemes.create(settings.scheme, settings), links, truth)
         self._layers: list[ProtectedLayer] = []
 
     @property

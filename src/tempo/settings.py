@@ -34,6 +34,18 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     rekey_rows: Annotated[int, Meta(ge=1)] = 1 << 17
     """A weight's masks expire after serving this many rows, evaluation included."""
 
+    mix_block: Annotated[int, Meta(ge=1)] = 32
+    """Scheme `mix`: features that one block mixes, at least; layers with fewer stay trusted."""
+
+    mix_row_block: Annotated[int, Meta(ge=1)] = 32
+    """Scheme `mix`: rows that one block mixes, at least; random shield rows fill up where there are fewer."""
+
+    mix_rounds: Annotated[int, Meta(ge=1, le=2)] = 1
+    """Scheme `mix`: how often each axis is mixed."""
+
+    mix_condition: Annotated[float, Meta(ge=1, le=16)] = 1.0
+    """Scheme `mix`: bound on a block's condition number; 1 for orthogonal blocks."""
+
     local_workers: Annotated[int, Meta(ge=1, le=64)] = 1
     """How many workers to start on this machine when no address is given."""
 
@@ -60,6 +72,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     insecure_no_tls: bool = False
     """Speak to remote workers in clear: masks still hold, authenticity does not."""
+
+    insecure_small_blocks: bool = False
+    """Allow `mix` blocks of features below 8 or of rows below 16, which are known to be undone."""
 
     insecure_record_truth: str = ""
     """Folder for the plain operands and masks behind every message, to score audits."""

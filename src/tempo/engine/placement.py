@@ -13,9 +13,6 @@ import torch
 from tempo.engine.dtypes import WIRE_DTYPES
 from tempo.engine.link import Link
 
-MASK_SECONDS_PER_ELEMENT = 1.5e-9
-"""Masking or unmasking one element in pure torch on one core, measured on Zen 4 (see benchmarks/)."""
-
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -49,12 +46,14 @@ class Planner:
     Args:
         placement: ``all`` sends everything that can be sent; ``auto`` what pays.
         links: The session's workers.
+        mask_seconds_per_element: What masking costs under the session's scheme.
 
     The workers' own compute time is left out: a worker stands for a GPU, and a local CPU worker for trying things out.
     """
 
-    def __init__(self, placement: str, links: Sequence[Link]) -> None:
+    def __init__(self, placement: str, links: Sequence[Link], mask_seconds_per_element: float = 1.5e-9) -> None:
         self.placement = placement
+        self.mask_seconds_per_element = mask_seconds_per_element
         self.measurements = [link.measure() for link in links]
         total = sum(m.flops_per_s for m in self.measurements)
         self.shares = [m.flops_per_s / total for m in self.measurements]
@@ -103,7 +102,7 @@ class Planner:
         latency = max(m.latency_s for m in self.measurements) * (2 if training else 1)
         return Estimate(
             saved=flops * passes / self.trusted_flops_per_s,
-            mask=(up + down) * MASK_SECONDS_PER_ELEMENT,
+            mask=(up + down) * self.mask_seconds_per_element,
             wire=size * (up / upload + down / download) + latency,
             worker=flops * passes / sum(m.flops_per_s for m in self.measurements),
         )

@@ -111,7 +111,7 @@ class Site:
             decision = Decision(False, self.keep_trusted)
         elif cost == 0:
             decision = Decision(False, "empty")
-        elif (reason := _out_of_reach(x, weight)) is not None:
+        elif reason := _out_of_reach(x, weight) or self.engine.scheme.refuses(kind, shape, tuple(weight.shape)):
             decision = Decision(False, reason)
         else:
             training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from tempo.errors import SettingsError, nearest
 from tempo.schemes.base import Scheme
 from tempo.schemes.insecure_plain import InsecurePlain
+from tempo.schemes.mix import Mix
 from tempo.schemes.tempo import Tempo
+from tempo.settings import Settings
 
 REGISTRY: dict[str, type[Scheme]] = {
     scheme.name: scheme
     for scheme in (
         InsecurePlain,
         Tempo,
+        Mix,
     )
 }
 
@@ -21,12 +24,13 @@ def names() -> list[str]:
     return sorted(REGISTRY)
 
 
-def create(name: str) -> Scheme:
-    """The scheme called ``name``.
+def create(name: str, settings: Settings | None = None) -> Scheme:
+    """The scheme called ``name``, as ``settings`` (or their defaults) ask for it.
 
     Raises:
         SettingsError: There is none; the nearest name is suggested.
+        UnsafeError: The settings would undo it.
     """
     if name not in REGISTRY:
         raise SettingsError(f"unknown scheme {name!r}; {nearest(name, REGISTRY)}")
-    return REGISTRY[name]()
+    return REGISTRY[name].from_settings(settings or Settings())

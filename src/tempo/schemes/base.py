@@ -18,12 +18,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from tempo.keys import Key
+from tempo.settings import Settings
 from tempo.wire.messages import Conv, Product
 
 Empty = Callable[[int, tuple[int, ...], torch.dtype], Tensor]
@@ -72,8 +73,11 @@ class Traits:
     optimizers: tuple[str, ...] = ("any",)
     min_rows: int = 1
     min_features: int = 1
+    mask_seconds_per_element: float = 1.5e-9
+    """Masking or unmasking one element in pure torch on one core, measured on Zen 4 (see benchmarks/)."""
     known_breaks: Mapping[str, str] = field(default_factory=dict)
-    """What is known to undo the scheme, by what makes it apply: ``always``, ``relu``, ``public-base``."""
+    """What is known to undo the scheme, by what makes it apply: ``always``, ``relu``, ``public-base``,
+    ``zero-gradient-rows``."""
 
 
 class EncodedGradient(ABC):
@@ -127,6 +131,15 @@ class Scheme(ABC):
 
     name: ClassVar[str]
     traits: ClassVar[Traits]
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """The scheme as a session's settings ask for it."""
+        return cls()
+
+    def refuses(self, product: Product, x: tuple[int, ...], w: tuple[int, ...]) -> str | None:
+        """Why a product of operands of these shapes must stay in the trusted process, or None."""
+        return None
 
     @abstractmethod
     def encode_weight(

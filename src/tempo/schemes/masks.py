@@ -81,7 +81,9 @@ class Mask:
 
     @cached_property
     def _gathers(self) -> dict[Form, tuple[Gather, ...]]:
-        dual, inverse, transpose = [], [], []
+        dual: list[Gather] = []
+        inverse: list[Gather] = []
+        transpose: list[Gather] = []
         for gather in self.gathers:
             back, scale = inverse_index(gather.index), gather.scale
             reciprocal = None if scale is None else scale.reciprocal()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,10 +22,14 @@ from tempo.schemes.base import (
     Target,
 )
 from tempo.schemes.masks import Mask, Masks
+from tempo.schemes.shield import shield_rows, weight_gradient
 
 
 class SingleMaskScheme(Scheme):
-    """Base of `insecure-plain` and `tempo`: what differs is only how the masks are drawn."""
+    """Base of `insecure-plain`, `tempo` and `mix`: what differs is only how the masks are drawn."""
+
+    row_block = 1
+    """Rows that a part needs at least; shield rows fill it up."""
 
     @abstractmethod
     def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
@@ -79,13 +84,25 @@ class MaskedWeight(EncodedWeight):
         """Mask each worker's rows under their own ``L``."""
         masked = MaskedInput(self, tuple(x.shape), x.dtype)
         for number, (target, rows) in enumerate(divide(x.shape[0], targets)):
-            height = rows.stop - rows.start
-            masks = Masks(self.scheme.row_mask(key, number, height), self.masks.A, self.masks.P)
-            x_masked = empty(target.worker, (height, *x.shape[1:]), self.problem.wire_dtype)
-            masks.encode("x", x[rows], x_masked)
-            masked.parts[target.worker] = (rows, masks)
+            plain, shield = x[rows], None
+            if len(plain) < self.scheme.row_block:
+                shield = shield_rows(key.stream(f"shield{number}"), plain, self.scheme.row_block - len(plain))
+                plain = torch.cat([plain, shield])
+            masks = Masks(self.scheme.row_mask(key, number, len(plain)), self.masks.A, self.masks.P)
+            x_masked = empty(target.worker, tuple(plain.shape), self.problem.wire_dtype)
+            masks.encode("x", plain, x_masked)
+            masked.parts[target.worker] = Part(rows, masks, shield)
             masked.operands.append(Operand(target.worker, {"x": x_masked}, rows))
         return masked
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The rows that one worker gets, their masks, and the shield rows below them."""
+
+    rows: slice
+    masks: Masks
+    shield: Tensor | None
 
 
 class MaskedInput(EncodedInput):
@@ -95,30 +112,29 @@ class MaskedInput(EncodedInput):
         self.weight = weight
         self.shape = shape
         self.dtype = dtype
-        self.parts: dict[int, tuple[slice, Masks]] = {}
+        self.parts: dict[int, Part] = {}
         self.operands: list[Operand] = []
         self._gradient_encoded = False
 
     def secrets(self, worker: int) -> dict[str, Tensor]:
-        """``L``, ``A`` and ``P`` as permutations and scales; identities are left out."""
-        masks = self.parts[worker][1]
-        found = {}
-        for name, mask in (("l", masks.L), ("a", masks.A), ("p", masks.P)):
-            if mask.permutation is not None:
-                found[f"{name}_permutation"] = mask.permutation
-                found[f"{name}_scale"] = mask.scale
-        return found
+        """What ``L``, ``A`` and ``P`` consist of, identities left out, and the shield rows if there are any."""
+        part = self.parts[worker]
+        found = part.masks.L.tensors("l") | part.masks.A.tensors("a") | part.masks.P.tensors("p")
+        return found if part.shield is None else found | {"x_shield": part.shield}
 
     def decode_output(self, replies: dict[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
         """Unmask each part's columns straight into the output they belong to."""
         spatial = next(iter(replies.values())).shape[2:]
         outputs = [torch.empty(self.shape[0], size, *spatial, dtype=self.dtype) for size in sizes]
-        for worker, (rows, masks) in self.parts.items():
-            start = 0
-            for output in outputs:
-                cols = slice(start, start + output.shape[1]) if len(outputs) > 1 else None
-                masks.decode("y", replies[worker], output[rows], cols=cols)
-                start += output.shape[1]
+        for worker, part in self.parts.items():
+            pieces = [output[part.rows] for output in outputs]
+            if part.shield is None:
+                part.masks.decode("y", replies[worker], *pieces)
+                continue
+            whole = torch.empty(replies[worker].shape, dtype=self.dtype)
+            part.masks.decode("y", replies[worker], whole)
+            for piece, values in zip(pieces, whole[: len(pieces[0])].split(list(sizes), 1), strict=True):
+                piece.copy_(values)
         return outputs
 
     def encode_gradient(self, g: Tensor, key: Key, empty: Empty) -> EncodedGradient:
@@ -127,11 +143,15 @@ class MaskedInput(EncodedInput):
             raise UnsafeError("a second gradient would meet the same masks: encode the input again first")
         self._gradient_encoded = True
         masked = MaskedGradient(self)
-        for worker, (rows, masks) in self.parts.items():
-            part = g[rows]
-            g_masked = empty(worker, tuple(part.shape), self.weight.problem.wire_dtype)
-            masks.encode("g", part, g_masked)
-            masked.operands.append(Operand(worker, {"g": g_masked}, rows))
+        for number, (worker, part) in enumerate(self.parts.items()):
+            plain = g[part.rows]
+            if part.shield is not None:
+                shield = shield_rows(key.stream(f"shield{number}"), plain, len(part.shield))
+                masked.shields.append((part.shield, shield))
+                plain = torch.cat([plain, shield])
+            g_masked = empty(worker, tuple(plain.shape), self.weight.problem.wire_dtype)
+            part.masks.encode("g", plain, g_masked)
+            masked.operands.append(Operand(worker, {"g": g_masked}, part.rows))
         return masked
 
 
@@ -141,12 +161,19 @@ class MaskedGradient(EncodedGradient):
     def __init__(self, source: MaskedInput) -> None:
         self.source = source
         self.operands: list[Operand] = []
+        self.shields: list[tuple[Tensor, Tensor]] = []
+        """Shield rows of ``X`` and ``G``, for each part that has some."""
 
     def decode_input_gradient(self, replies: dict[int, Tensor]) -> Tensor:
         """Unmask each part of ``dX`` into place."""
         dx = torch.empty(self.source.shape, dtype=self.source.dtype)
-        for worker, (rows, masks) in self.source.parts.items():
-            masks.decode("dx", replies[worker], dx[rows])
+        for worker, part in self.source.parts.items():
+            if part.shield is None:
+                part.masks.decode("dx", replies[worker], dx[part.rows])
+                continue
+            whole = torch.empty(replies[worker].shape, dtype=self.source.dtype)
+            part.masks.decode("dx", replies[worker], whole)
+            dx[part.rows] = whole[: -len(part.shield)]
         return dx
 
     def decode_weight_gradient(self, replies: dict[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
@@ -157,11 +184,13 @@ class MaskedGradient(EncodedGradient):
             total = parts[0].to(self.source.dtype)
             for other in parts[1:]:
                 total = total + other
-        masks = self.source.weight.masks
-        gradients, start = [], 0
-        for size in sizes:
-            out = torch.empty(size, *total.shape[1:], dtype=self.source.dtype)
-            masks.decode("dw", total, out, rows=slice(start, start + size) if len(sizes) > 1 else None)
-            gradients.append(out)
-            start += size
-        return gradients
+        weight, dtype = self.source.weight, self.source.dtype
+        # What shield rows added is taken off before rounding to half precision.
+        work = torch.promote_types(dtype, torch.float32) if self.shields else dtype
+        gradients = [torch.empty(size, *total.shape[1:], dtype=work) for size in sizes]
+        weight.masks.decode("dw", total, *gradients)
+        for x, g in self.shields:
+            extra = weight_gradient(weight.problem.product, x, g, tuple(total.shape))
+            for gradient, part in zip(gradients, extra.split(list(sizes)), strict=True):
+                gradient -= part
+        return [gradient.to(dtype) for gradient in gradients]

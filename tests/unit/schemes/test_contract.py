@@ -19,10 +19,10 @@ def empty(worker, shape, dtype):
     return torch.empty(shape, dtype=dtype)
 
 
-def encode(name: str, rows: int = 8):
+def encode(name: str, rows: int = 40):
     keys, target = KeySchedule(), Target(0, "operator", 1.0)
     scheme = schemes.create(name)
-    w, x = torch.randn(5, 6), torch.randn(rows, 6)
+    w, x = torch.randn(33, 36), torch.randn(rows, 36)
     weight = scheme.encode_weight(Problem(Linear(), torch.float32), w, keys.fresh(1, "w"), [target], empty)
     return keys, weight.encode_input(x, keys.fresh(1, "x"), [target], empty)
 
@@ -30,9 +30,9 @@ def encode(name: str, rows: int = 8):
 @pytest.mark.parametrize("name", schemes.names())
 def test_a_second_gradient_never_meets_the_same_masks(name):
     keys, source = encode(name)
-    source.encode_gradient(torch.randn(8, 5), keys.fresh(1, "g"), empty)
+    source.encode_gradient(torch.randn(40, 33), keys.fresh(1, "g"), empty)
     with pytest.raises(UnsafeError):
-        source.encode_gradient(torch.randn(8, 5), keys.fresh(1, "g"), empty)
+        source.encode_gradient(torch.randn(40, 33), keys.fresh(1, "g"), empty)
 
 
 @pytest.mark.parametrize("name", schemes.names())
