@@ -18,7 +18,6 @@ from tempo.engine.memory import keep_heap
 from tempo.engine.stats import Stats
 from tempo.engine.truth import TruthRecorder
 from tempo.errors import ProtectionWarning, SettingsError
-from tempo.layers.base import Protected
 from tempo.layers.protect import ProtectedLayer, protect, unprotect
 from tempo.settings import Settings, parse
 from tempo.summary import Summary
@@ -113,7 +112,8 @@ class Session:
     def unprotect(self, model: M) -> M:
         """Give ``model`` back as it was, with its present weights."""
         unprotect(model)
-        self._layers = [layer for layer in self._layers if isinstance(layer.module, Protected)]
+        gone = set(model.modules())
+        self._layers = [layer for layer in self._layers if layer.module not in gone]
         return model
 
     def summary(self) -> Summary:

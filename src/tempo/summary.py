@@ -24,6 +24,8 @@ class Line:
     kind: str
     offloaded: int
     trusted: int
+    kept: bool
+    """Whether it stays trusted in any case."""
     reason: str
 
 
@@ -51,8 +53,9 @@ class Summary:
         table = Table("layer", "type", "where", "why", title=f"scheme {self.scheme}: {self.protects}")
         table.add_column("FLOPs", justify="right")
         for line in self.lines:
-            share = f"{(line.offloaded + line.trusted) / total:.1%}" if total else "?"
-            where = "workers" if line.offloaded > line.trusted else "trusted" if line.trusted else "?"
+            flops = line.offloaded + line.trusted
+            share = f"{flops / total:.1%}" if flops else "?"
+            where = "workers" if line.offloaded > line.trusted else "trusted" if line.trusted or line.kept else "?"
             table.add_row(Text(line.name), line.kind, where, Text(line.reason), share)
         yield table
         yield Text(f"workers: {'; '.join(self.workers)}")
@@ -77,5 +80,6 @@ def _line(layer: ProtectedLayer) -> Line:
         type(layer.module).__name__,
         sum(usage.offloaded for usage in usages),
         sum(usage.trusted for usage in usages),
+        all(site.keep_trusted is not None for site in sites),
         "; ".join(dict.fromkeys(site.keep_trusted or usage.reason for site, usage in zip(sites, usages, strict=True))),
     )

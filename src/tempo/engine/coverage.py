@@ -34,7 +34,32 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
 }
 
 
-class TrustedProducts(TorchDispatchMode):
+class _ProductMode(TorchDispatchMode):
+    """Tells ``record`` of every product that PyTorch dispatches, and its FLOPs."""
+
+    def __init__(self, record: Callable[[str, int], None]) -> None:
+        super().__init__()
+        self._record = record
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run ``func`` and count it if it multiplies matrices."""
+        count = _FORMULAS.get(func.overloadpacket)
+        if count is None and torch.is_inference_mode_enabled():
+            # Autograd, which is off here, would have taken `linear` and `matmul` apart.
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
+        result = func(*args, **(kwargs or {}))
+        if count is not None:
+            operation = str(func.overloadpacket).removeprefix("aten.")
+            self._record(operation, int(count(*args, **(kwargs or {}), out_val=result)))
+        return result
+
+
+class TrustedProducts:
     """A context that records products as PyTorch dispatches them; workers' products never get that far.
 
     Printing it gives a table by module and operation. Backward passes are attributed to the module whose forward
@@ -42,7 +67,7 @@ class TrustedProducts(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        self._mode = _ProductMode(self._record)
         self._tracker = ModuleTracker()
         self._root = type(model).__name__
         self.flops: Counter[tuple[str, str]] = Counter()
@@ -55,34 +80,19 @@ class TrustedProducts(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         self._tracker.__enter__()
-        super().__enter__()
+        self._mode.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        self._mode.__exit__(kind, error, trace)
         self._tracker.__exit__(kind, error, trace)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run ``func`` and count it if it multiplies matrices."""
-        count = _FORMULAS.get(func.overloadpacket)
-        if count is None and torch.is_inference_mode_enabled():
-            # Autograd, which is off here, would have taken `linear` and `matmul` apart.
-            with self:
-                result = func.decompose(*args, **(kwargs or {}))
-            if result is not NotImplemented:
-                return result
-        result = func(*args, **(kwargs or {}))
-        if count is not None:
-            parents = self._tracker.parents - {"Global"}
-            module = max(parents, key=lambda name: name.count("."), default=self._root)
-            module = module.removeprefix(f"{self._root}.")
-            flops = count(*args, **(kwargs or {}), out_val=result)
-            self.flops[module, str(func.overloadpacket).removeprefix("aten.")] += int(flops)
-        return result
+    def _record(self, operation: str, flops: int) -> None:
+        parents = self._tracker.parents - {"Global"}
+        module = max(parents, key=lambda name: name.count("."), default=self._root)
+        self.flops[module.removeprefix(f"{self._root}."), operation] += flops
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table("module", "operation", title="matrix products in the trusted process")

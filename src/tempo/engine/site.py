@@ -57,7 +57,6 @@ class Site:
     def __reduce__(self) -> str | tuple[object, ...]:
         raise TypeError("a site belongs to a running session and cannot be stored")
 
-    @torch.compiler.disable
     def linear(self, x: Tensor, parameters: Parameters, trusted: Callable[[], Tensor]) -> Tensor:
         """A fully connected layer on ``x`` of shape (..., features); ``trusted`` computes the same here."""
         weight, bias = parameters()
@@ -78,7 +77,6 @@ class Site:
         (y,) = self.compute(self._product(Linear()), x, [weight], [bias])
         return y
 
-    @torch.compiler.disable
     def convolution(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Conv, trusted: Callable[[], Tensor]
     ) -> Tensor:
@@ -154,6 +152,10 @@ def _out_of_reach(x: Tensor, weight: Tensor) -> str | None:
         return f"input is {x.dtype}, weight {weight.dtype}"
     if compute_dtype(x, weight) not in WIRE_DTYPES:
         return f"{weight.dtype} is not a floating-point type that workers compute in"
-    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if (
+        torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
         return "inside a trace, torch.func or forward-mode differentiation, which see PyTorch's own operations only"
     return None

@@ -79,31 +79,32 @@ class ProtectedMultiheadAttention(Protected, nn.MultiheadAttention):
             swapped = {id(t): t.transpose(0, 1) for t in (query, key, value)}
             query, key, value = swapped[id(query)], swapped[id(key)], swapped[id(value)]
         separate = not self._qkv_same_embed_dim
-        self._tempo.names = {id(self.out_proj.weight): "out", id(self.in_proj_weight): "in"}
-        if separate:
-            self._tempo.names |= {id(getattr(self, f"{name}_proj_weight")): name for name in "qkv"}
+        # Looked up once: a parametrized weight is another tensor every time.
+        out, packed = self.out_proj.weight, self.in_proj_weight
+        q, k, v = (getattr(self, f"{name}_proj_weight") if separate else None for name in "qkv")
+        self._tempo.names = {id(w): name for w, name in ((out, "out"), (packed, "in"), (q, "q"), (k, "k"), (v, "v"))}
         output, weights = self._tempo.attention(
             query,
             key,
             value,
             self.embed_dim,
             self.num_heads,
-            self.in_proj_weight,
+            packed,
             self.in_proj_bias,
             self.bias_k,
             self.bias_v,
             self.add_zero_attn,
             self.dropout,
-            self.out_proj.weight,
+            out,
             self.out_proj.bias,
             training=self.training,
             key_padding_mask=key_padding_mask,
             need_weights=need_weights,
             attn_mask=attn_mask,
             use_separate_proj_weight=separate,
-            q_proj_weight=self.q_proj_weight if separate else None,
-            k_proj_weight=self.k_proj_weight if separate else None,
-            v_proj_weight=self.v_proj_weight if separate else None,
+            q_proj_weight=q,
+            k_proj_weight=k,
+            v_proj_weight=v,
             average_attn_weights=average_attn_weights,
             is_causal=is_causal,
         )

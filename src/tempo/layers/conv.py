@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,6 +13,7 @@ from tempo.wire.messages import Conv
 class _ProtectedConv(Protected):
     """Overrides ``_conv_forward``, so that subclasses which pad in ``forward`` keep working."""
 
+    @torch.compiler.disable
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
         module: nn.Conv2d = self  # type: ignore[assignment]
         plain = super()._conv_forward  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -11,6 +12,7 @@ from tempo.layers.base import Protected
 class ProtectedHFConv1D(Protected, Conv1D):
     """`transformers.pytorch_utils.Conv1D` whose product is computed under masks."""
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight + bias``, for input of shape (..., nx)."""
         plain = super().forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from tempo.layers.base import Protected
@@ -10,6 +11,7 @@ from tempo.layers.base import Protected
 class ProtectedLinear(Protected, nn.Linear):
     """A fully connected layer whose product is computed under masks."""
 
+    @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name PyTorch uses
         """``input @ weight.T + bias``, for input of shape (..., in_features)."""
         plain = super().forward

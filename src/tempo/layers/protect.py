@@ -67,26 +67,51 @@ def protect(model: nn.Module, engine: Engine, trusted: Sequence[str]) -> list[Pr
                         f"so workers get to see mixed pictures (trusted={name!r} keeps it here)",
                         ProtectionWarning,
                     )
+        lazy = any(is_lazy(p) for p in module.parameters(recurse=False))
+        if lazy:
+            reason = "its parameters are lazy: run one batch, then protect"
         bypass = overrides(module, entry.base, entry.methods)
         if bypass is not None:
             reason = f"{bypass} overrides what Tempo would replace"
             warnings.warn(f"layer {name!r} stays trusted: {reason}", stacklevel=3)
         site = entry.make_site(Site(engine, name or type(module).__name__, reason))
-        if bypass is None:
+        if bypass is None and not lazy:
             # Not through __setattr__: a module would look for a parameter or submodule of that name.
             module.__dict__["_tempo"] = site
             module.__class__ = protected_class(type(module), entry.protected)
         if entry.computes:
             found.append(ProtectedLayer(site.name, module, site))
-    return found
+    return found + [
+        ProtectedLayer(name, module, Site(engine, name, f"{type(module).__name__} is not supported"))
+        for name, module in model.named_modules()
+        if layer_type(module) is None and _multiplies(module)
+    ]
 
 
 def unprotect(model: nn.Module) -> None:
-    """Give every protected layer of ``model`` its own class back."""
-    for module in model.modules():
-        if isinstance(module, Protected):
-            del module.__dict__["_tempo"]
-            module.__class__ = module._tempo_original  # type: ignore[assignment]
+    """Give every protected layer of ``model`` its own class back.
+
+    Raises:
+        SettingsError: A layer's class was changed again after `protect`, by a parametrization say.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Protected)]
+    for name, module in layers:
+        if "_tempo_original" not in vars(type(module)):
+            raise SettingsError(
+                f"layer {name!r} was given the class {type(module).__name__} after protect(); undo that first "
+                "(torch.nn.utils.parametrize.remove_parametrizations, say)"
+            )
+    for _, module in layers:
+        del module.__dict__["_tempo"]
+        module.__class__ = module._tempo_original  # type: ignore[assignment]
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module of no supported type seems to have products of its own: it holds a matrix, not a table."""
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    return not isinstance(module, tables) and any(
+        not is_lazy(p) and p.dim() >= 2 and min(p.shape) > 1 for p in module.parameters(recurse=False)
+    )
 
 
 def _inside_attention(model: nn.Module) -> set[str]:
@@ -118,8 +143,6 @@ def _reason_to_keep(name: str, module: nn.Module, trusted: Sequence[str]) -> str
     pattern = next((p for p in trusted if _covers(p, name)), None)
     if pattern is not None:
         return f"kept by trusted={pattern!r}"
-    if any(is_lazy(p) for p in module.parameters(recurse=False)):
-        return "lazy: run one batch before protecting"
     if (
         isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         and module.groups > 1
