@@ -1,0 +1,74 @@
+"""Random matrices against the statistics of the distributions they claim. Bounds are six standard deviations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tempo.keys import Keystream
+from tempo.schemes import haar
+
+
+def stream(name: str) -> Keystream:
+    """A fixed key: these tests either always pass or never do."""
+    return Keystream(name.encode().ljust(32, b"\0"))
+
+
+def test_gaussians_have_the_moments_of_gaussians():
+    count = 200_001
+    z = haar.gaussians(stream("gauss"), count)
+    assert len(z) == count
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(float((z**power).mean()) - moment) < 6 * (variance / count) ** 0.5
+    half = count // 2
+    assert abs(float((z[:half] * z[half + 1 :]).mean())) < 6 / half**0.5  # the two of a pair are independent
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 32])
+def test_orthogonal_blocks_are_orthogonal(side):
+    q = haar.orthogonal(stream("orthogonal"), 50, side)
+    assert float((q @ q.mT - torch.eye(side, dtype=q.dtype)).abs().max()) < 1e-14
+
+
+def test_entries_have_the_mean_and_variance_of_haar_matrices():
+    count, side = 4000, 8
+    q = haar.orthogonal(stream("entries"), count, side)
+    # Of an entry: mean 0, variance 1/n, fourth moment 3/(n(n+2)).
+    assert float(q.mean(0).abs().max()) < 6 * (1 / side / count) ** 0.5
+    spread = (3 / (side * (side + 2)) - 1 / side**2) / count
+    assert float(((q**2).mean(0) - 1 / side).abs().max()) < 6 * spread**0.5
+
+
+def test_traces_and_determinants_are_those_of_haar_matrices():
+    # Over O(n): E tr = 0, E tr² = 1, E tr⁴ = 3, E tr(Q²) = 1, and both signs of the determinant are as likely. QR
+    # without the sign fix fails the first.
+    count, side = 8000, 8
+    q = haar.orthogonal(stream("traces"), count, side)
+    trace = q.diagonal(dim1=1, dim2=2).sum(1)
+    square = (q * q.mT).sum((1, 2))
+    for values, expected in ((trace, 0), (trace**2, 1), (trace**4, 3), (square, 1), (torch.linalg.det(q), 0)):
+        assert abs(float(values.mean()) - expected) < 6 * float(values.std()) / count**0.5
+
+
+def test_eigenphases_repel_each_other_and_are_spread_evenly():
+    count, side = 2000, 9
+    q = haar.orthogonal(stream("phases"), count, side)
+    q = q[torch.linalg.det(q) > 0]  # SO(9): one eigenvalue 1, four conjugate pairs
+    phases = torch.linalg.eigvals(q).angle().sort(1).values[:, 5:]  # the pairs' phases in (0, π)
+    # The density of a pair's phase on SO(2m+1) by Weyl's formula, through its first cosine moment: E Σ 2cosθ + 1 = 0.
+    total = 2 * phases.cos().sum(1) + 1
+    assert abs(float(total.mean())) < 6 * float(total.std()) / len(q) ** 0.5
+    # Independent phases would come within 1% of the mean gap in about 4% of matrices; repelling ones hardly ever.
+    closest = phases.diff(dim=1).min(1).values
+    assert float((closest < 0.01 * torch.pi / 4).double().mean()) < 0.002
+
+
+@pytest.mark.parametrize("condition", [1.5, 4.0, 16.0])
+def test_general_blocks_keep_their_condition_number(condition):
+    m, inverse = haar.blocks(stream("general"), 200, 16, condition)
+    assert float((m @ inverse - torch.eye(16, dtype=m.dtype)).abs().max()) < 1e-12
+    found = torch.linalg.cond(m)
+    assert float(found.max()) <= condition * (1 + 1e-9)
+    assert float(found.median()) > condition**0.6
+    sigma = torch.linalg.svdvals(m).log()
+    assert abs(float(sigma.mean())) < 6 * float(sigma.std()) / sigma.numel() ** 0.5
