@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterable
+from shutil import which
 
 import pytest
 import torch
@@ -274,10 +275,17 @@ def test_distributed_data_parallel(session, tmp_path):
     assert session.stats().encryptions == {"x": 4, "w": 2, "g": 4}
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own look at it
-def test_compiled_models_break_their_graphs_at_products(session):
+# PyTorch's own, of its compiler's insides.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not which("g++"), reason="needs a C++ compiler"))],
+)
+def test_compiled_models_break_their_graphs_at_products(session, backend, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    torch.compiler.reset()
     plain, model = both(session, Network)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=backend)
     for _ in range(2):
         loss = compiled(data()).square().sum()
         loss.backward()
