@@ -46,7 +46,7 @@ class Mix(SingleMaskScheme):
     name = "mix"
     traits = Traits(
         protects="resists workers without the base checkpoint: before this code was written, blind attacks that "
-        "worked at blocks of 4 failed at 16 and more; not audited yet, see docs/schemes/mix.md",
+        "worked at row blocks of 4 failed at 32; not audited yet, see docs/schemes/mix.md",
         mask_seconds_per_element=7e-9,
         known_breaks={
             "public-base": "one round of mixing gives a fine-tuned change away to a worker that knows the base "
