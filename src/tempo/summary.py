@@ -39,7 +39,8 @@ class Summary:
             f"{link.address} ({link.welcome.device}), {share:.0%} of the rows"
             for link, share in zip(engine.links, engine.planner.shares, strict=True)
         ]
-        self.lines = [_line(layer) for layer in layers]
+        self.lines = [_line(layer, layer.site) for layer in layers if layer.site is not None]
+        self.unsupported = [f"{layer.name} ({type(layer.module).__name__})" for layer in layers if layer.site is None]
 
     @property
     def offloaded_share(self) -> float:
@@ -58,6 +59,8 @@ class Summary:
             where = "workers" if line.offloaded > line.trusted else "trusted" if line.trusted or line.kept else "?"
             table.add_row(Text(line.name), line.kind, where, Text(line.reason), share)
         yield table
+        if self.unsupported:
+            yield Text(f"of no supported type, so trusted: {', '.join(self.unsupported)}")
         yield Text(f"workers: {'; '.join(self.workers)}")
         yield (
             f"{self.offloaded_share:.1%} of these layers' forward FLOPs went to workers. "
@@ -70,10 +73,8 @@ class Summary:
         return plain_text(self)
 
 
-def _line(layer: ProtectedLayer) -> Line:
-    sites: list[Site] = [layer.site]
-    if isinstance(layer.site, Projections) and layer.site.parts:
-        sites = list(layer.site.parts.values())
+def _line(layer: ProtectedLayer, site: Site) -> Line:
+    sites = list(site.parts.values()) if isinstance(site, Projections) and site.parts else [site]
     usages = [site.usage for site in sites]
     return Line(
         layer.name,

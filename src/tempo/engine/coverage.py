@@ -11,9 +11,10 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from torch.utils.module_tracker import ModuleTracker
+from torch.utils.hooks import RemovableHandle
 
 from tempo.rendering import plain_text
 
@@ -68,8 +69,10 @@ class TrustedProducts:
 
     def __init__(self, model: nn.Module) -> None:
         self._mode = _ProductMode(self._record)
-        self._tracker = ModuleTracker()
-        self._root = type(model).__name__
+        self._names = {module: name or type(model).__name__ for name, module in model.named_modules()}
+        self._running = [type(model).__name__]
+        self._origins: dict[int, str] = {}  # modules by the sequence numbers of their autograd nodes
+        self._hooks: list[RemovableHandle] = []
         self.flops: Counter[tuple[str, str]] = Counter()
         """FLOPs by (module name, operation)."""
 
@@ -79,7 +82,10 @@ class TrustedProducts:
         return sum(self.flops.values())
 
     def __enter__(self) -> Self:
-        self._tracker.__enter__()
+        self._hooks = [
+            register_module_forward_pre_hook(self._enters),
+            register_module_forward_hook(self._leaves, always_call=True),
+        ]
         self._mode.__enter__()
         return self
 
@@ -87,12 +93,25 @@ class TrustedProducts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._mode.__exit__(kind, error, trace)
-        self._tracker.__exit__(kind, error, trace)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enters(self, module: nn.Module, _: Any) -> None:
+        if module in self._names:
+            self._running.append(self._names[module])
+
+    def _leaves(self, module: nn.Module, *_: Any) -> None:
+        if module in self._names:
+            self._running.pop()
 
     def _record(self, operation: str, flops: int) -> None:
-        parents = self._tracker.parents - {"Global"}
-        module = max(parents, key=lambda name: name.count("."), default=self._root)
-        self.flops[module.removeprefix(f"{self._root}."), operation] += flops
+        module = self._running[-1]
+        node = torch._C._current_autograd_node()
+        if node is None or torch.is_grad_enabled():  # forward, or forward again: in a recomputation
+            self._origins.setdefault(torch._C._autograd._get_sequence_nr() - 1, module)
+        else:
+            module = self._origins.get(node._sequence_nr(), module)
+        self.flops[module, operation] += flops
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table("module", "operation", title="matrix products in the trusted process")

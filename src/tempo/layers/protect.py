@@ -28,7 +28,8 @@ class ProtectedLayer:
 
     name: str
     module: nn.Module
-    site: Site
+    site: Site | None
+    """None for a module of no supported type that holds matrices of its own."""
 
 
 def protect(model: nn.Module, engine: Engine, trusted: Sequence[str]) -> list[ProtectedLayer]:
@@ -40,7 +41,7 @@ def protect(model: nn.Module, engine: Engine, trusted: Sequence[str]) -> list[Pr
         trusted: Shell patterns of module names that stay in the trusted process.
 
     Returns:
-        The layers found, whether they go out or not.
+        The layers found, whether they go out or not, then the unsupported ones.
 
     Raises:
         SettingsError: The model is protected already, or a pattern covers no layer.
@@ -81,11 +82,8 @@ def protect(model: nn.Module, engine: Engine, trusted: Sequence[str]) -> list[Pr
             module.__class__ = protected_class(type(module), entry.protected)
         if entry.computes:
             found.append(ProtectedLayer(site.name, module, site))
-    return found + [
-        ProtectedLayer(name, module, Site(engine, name, f"{type(module).__name__} is not supported"))
-        for name, module in model.named_modules()
-        if layer_type(module) is None and _multiplies(module)
-    ]
+    others = [(name, module) for name, module in model.named_modules() if layer_type(module) is None]
+    return found + [ProtectedLayer(name, module, None) for name, module in others if _multiplies(module)]
 
 
 def unprotect(model: nn.Module) -> None:
