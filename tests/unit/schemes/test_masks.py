@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from tempo.schemes.sandwich import sandwich
 
 SIZES = st.integers(1, 40)
 DOUBLE = torch.float64
+UNHURRIED = settings(deadline=None)  # the machine is shared
 
 
 KINDS = st.sampled_from(["permutation", "orthogonal", "general", "two rounds"])
@@ -48,6 +49,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp_min(1e-300))
 
 
+@UNHURRIED
 @given(SIZES, KINDS)
 def test_the_four_forms_are_what_their_names_say(size, kind):
     mask = fresh(size, kind=kind)
@@ -60,6 +62,7 @@ def test_the_four_forms_are_what_their_names_say(size, kind):
         assert torch.allclose(product, torch.eye(size, dtype=DOUBLE))
 
 
+@UNHURRIED
 @given(SIZES, SIZES, KINDS, st.sampled_from([(), (3,), (2, 3)]), st.sampled_from(list(Form)))
 def test_both_sides_of_a_sandwich_are_the_matrices(rows, columns, kind, spatial, form):
     left, right = fresh(rows, kind=kind).operator(form), fresh(columns, kind=kind).operator(form)
@@ -70,6 +73,7 @@ def test_both_sides_of_a_sandwich_are_the_matrices(rows, columns, kind, spatial,
         assert relative(out, torch.einsum("ir,jc,rc...->ij...", dense(row, rows), dense(column, columns), x)) < 1e-13
 
 
+@UNHURRIED
 @given(SIZES, SIZES, KINDS, st.sampled_from(["x", "w", "y", "g", "dx", "dw"]))
 def test_decode_inverts_encode(rows, columns, kind, role):
     masks = Masks(*(fresh({"L": rows, "A": columns, "P": columns}[name], kind=kind) for name in "LAP"))
@@ -82,6 +86,7 @@ def test_decode_inverts_encode(rows, columns, kind, role):
     assert relative(back, plain) < 1e-13
 
 
+@UNHURRIED
 @given(SIZES, SIZES, SIZES, KINDS)
 def test_products_of_masked_operands_are_masked_products(rows, inputs, outputs, kind):
     masks = Masks(fresh(rows, kind=kind), fresh(inputs, kind=kind), fresh(outputs, kind=kind))
@@ -95,12 +100,15 @@ def test_products_of_masked_operands_are_masked_products(rows, inputs, outputs, 
         "dx": (masked["g"] @ masked["w"], g @ w),
         "dw": (masked["g"].T @ masked["x"], g.T @ x),
     }
+    # Relative to the operands: a product of few elements may cancel almost to zero.
+    norms = {"y": x.norm() * w.norm(), "dx": g.norm() * w.norm(), "dw": g.norm() * x.norm()}
     for role, (answer, plain) in answers.items():
         back = torch.empty_like(plain)
         masks.decode(role, answer, back)
-        assert relative(back, plain) < 1e-13
+        assert (back - plain).norm() <= 1e-13 * norms[role]
 
 
+@UNHURRIED
 @given(st.integers(2, 30), st.lists(st.integers(1, 10), min_size=2, max_size=4), KINDS)
 def test_pieces_by_output_features_are_decoded_into_place(rows, sizes, kind):
     features = sum(sizes)
@@ -114,6 +122,7 @@ def test_pieces_by_output_features_are_decoded_into_place(rows, sizes, kind):
             assert relative(torch.cat(pieces, axis), plain) < 1e-13
 
 
+@UNHURRIED
 @given(st.integers(2, 5), st.integers(1, 4))
 def test_grouped_channels_stay_within_their_group(groups, width):
     mask = fresh(groups * width, groups)
@@ -122,6 +131,7 @@ def test_grouped_channels_stay_within_their_group(groups, width):
     assert sorted(source[:, 0].tolist()) == list(range(groups))
 
 
+@UNHURRIED
 @given(st.integers(2, 4), st.integers(1, 8), st.integers(1, 8), KINDS)
 def test_grouped_convolutions_of_masked_operands_are_masked_convolutions(groups, inputs, outputs, kind):
     stream = KeySchedule().fresh(1, "test").stream("order")
@@ -142,7 +152,7 @@ def test_grouped_convolutions_of_masked_operands_are_masked_convolutions(groups,
     y = torch.conv1d(x, w, groups=groups)
     back = torch.empty_like(y)
     masks.decode("y", torch.conv1d(x_masked, w_masked, groups=groups), back)
-    assert relative(back, y) < 1e-12
+    assert (back - y).norm() <= 1e-13 * x.norm() * w.norm()
     dw_masked, dw = torch.empty_like(w), torch.empty_like(w)
     masks.encode("dw", w, dw_masked)
     masks.decode("dw", dw_masked, dw)
@@ -159,6 +169,7 @@ def test_empty_and_tiny_tensors(shape):
     assert out.count_nonzero() == x.numel()
 
 
+@UNHURRIED
 @given(st.integers(1, 20), st.integers(1, 20))
 def test_values_are_rounded_once_into_the_wire_dtype(rows, columns):
     masks = Masks(fresh(rows), fresh(columns))
