@@ -1,0 +1,78 @@
+"""The planner: what goes out, what stays, and the reason given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tempo.engine.measure import Measurement
+from tempo.engine.placement import Planner
+
+GPU = Measurement(latency_s=1e-4, upload_bytes_per_s=5e9, download_bytes_per_s=5e9, flops_per_s=1e14)
+MODEM = Measurement(latency_s=0.1, upload_bytes_per_s=1e6, download_bytes_per_s=1e6, flops_per_s=1e14)
+
+
+@dataclass
+class FakeLink:
+    """A worker as the planner sees it: only its measurement."""
+
+    measurement: Measurement
+
+    def measure(self) -> Measurement:
+        return self.measurement
+
+
+def planner(*measurements: Measurement, placement: str = "auto") -> Planner:
+    found = Planner(placement, [FakeLink(m) for m in measurements])  # type: ignore[list-item]
+    found.trusted_flops_per_s = 1e11  # whatever this machine does, the decisions below should not depend on it
+    return found
+
+
+def decide(plan: Planner, rows: int, inputs: int, outputs: int, *, training: bool = True) -> tuple[bool, str]:
+    flops = 2 * rows * inputs * outputs
+    decision = plan.decide((rows, inputs), (outputs, inputs), flops, torch.float32, training)
+    return decision.offload, decision.reason
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 5000), st.booleans())
+def test_all_sends_everything(rows, inputs, outputs, training):
+    assert decide(planner(MODEM, placement="all"), rows, inputs, outputs, training=training) == (True, "offloaded")
+
+
+def test_auto_sends_a_large_product():
+    assert decide(planner(GPU), 16384, 2048, 2048) == (True, "offloaded")
+
+
+def test_auto_keeps_a_small_product_and_says_what_it_would_cost():
+    goes, reason = decide(planner(GPU), 16, 32, 10)
+    assert not goes
+    # 3 passes of 2·16·32·10 FLOPs at 1e11 FLOP/s are nothing beside two round trips of 0.1 ms.
+    assert reason.startswith("too few FLOPs for its bytes: 0.00 ms here, 0.2")
+    assert reason.endswith("ms to mask and send")
+
+
+def test_a_slow_link_keeps_what_a_fast_one_sends():
+    assert decide(planner(GPU), 4096, 1024, 1024)[0]
+    assert not decide(planner(MODEM), 4096, 1024, 1024)[0]
+
+
+def test_an_unchanged_weight_need_not_be_sent_again():
+    # One row against a big weight: in training the weight travels every step, in evaluation it is there already.
+    assert not decide(planner(GPU), 64, 4096, 4096, training=True)[0]
+    assert decide(planner(GPU), 64, 4096, 4096, training=False)[0]
+
+
+@given(st.integers(6, 14), st.integers(6, 12), st.booleans())
+def test_more_rows_never_bring_a_product_home(log_rows, log_width, training):
+    plan, width = planner(GPU), 1 << log_width
+    if decide(plan, 1 << log_rows, width, width, training=training)[0]:
+        assert decide(plan, 2 << log_rows, width, width, training=training)[0]
+
+
+def test_rows_are_shared_in_proportion_to_speed():
+    slow = Measurement(1e-4, 5e9, 5e9, flops_per_s=2.5e13)
+    assert planner(GPU, slow).shares == pytest.approx([0.8, 0.2])
