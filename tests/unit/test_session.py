@@ -1,0 +1,100 @@
+"""The front door: opening, counting, closing."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import tempo
+from tempo.errors import SessionClosedError, SettingsError
+from tempo.settings import Settings
+
+
+def test_settings_come_whole_or_in_single_fields_not_both(workers):
+    with pytest.raises(SettingsError, match="not both \\(scheme\\)"):
+        tempo.connect(workers[0], settings=Settings(), scheme="tempo")
+    with tempo.connect(workers[0], settings=Settings(scheme="insecure-plain", placement="all")) as session:
+        assert session.settings.scheme == "insecure-plain"
+
+
+def test_counts_are_a_copy_and_can_be_subtracted(connect):
+    session = connect()
+    model = session.protect(nn.Linear(4, 3))
+    start = session.stats()
+    model(torch.ones(5, 4)).sum().backward()
+    used = session.stats() - start
+    assert start.encryptions == {"x": 0, "w": 0, "g": 0}
+    assert used.encryptions == {"x": 1, "w": 1, "g": 1}
+    # The input needs no gradient: forward, and that of the weight.
+    assert used.decryptions == {"y": 1, "dx": 0, "dw": 1}
+    assert used.flops_offloaded == 2 * (2 * 5 * 4 * 3)
+    # w, x, g up; y, dw down; four bytes each.
+    assert used.bytes_sent == 4 * (3 * 4 + 5 * 4 + 5 * 3)
+    assert used.bytes_received == 4 * (5 * 3 + 3 * 4)
+    assert all(seconds >= 0 for seconds in used.seconds.values())
+    assert session.stats() - session.stats() == start - start
+
+
+def test_several_models_share_a_session_and_models_move_between_sessions(connect):
+    torch.manual_seed(0)
+    first, second = connect(), connect()
+    a, b, x = nn.Linear(4, 3), nn.Linear(4, 3), torch.ones(2, 4)
+    expected = a(x), b(x)
+    for model in (a, b):
+        first.protect(model)
+    for model, y in zip((a, b), expected, strict=True):
+        torch.testing.assert_close(model(x), y)
+    assert first.stats().encryptions["x"] == 2
+    second.protect(first.unprotect(a))
+    torch.testing.assert_close(a(x), expected[0])
+    assert first.stats().encryptions["x"] == 2
+    assert second.stats().encryptions["x"] == 1
+
+
+def test_closing_twice_is_fine_and_leaving_the_block_closes(workers):
+    with tempo.connect(workers[0], placement="all") as session:
+        model = session.protect(nn.Linear(4, 3))
+    session.close()
+    with pytest.raises(SessionClosedError):
+        model(torch.ones(2, 4))
+    assert session.unprotect(model)(torch.ones(2, 4)).shape == (2, 3)
+
+
+def test_a_backward_pass_needs_its_session_too(connect):
+    session = connect()
+    y = session.protect(nn.Linear(4, 3))(torch.ones(2, 4))
+    session.close()
+    with pytest.raises(SessionClosedError, match="this session is closed"):
+        y.sum().backward()
+
+
+def test_workers_forget_what_is_garbage_here(connect, monkeypatch):
+    session = connect()
+    model = session.protect(nn.Linear(4, 3))
+    forgotten = []
+    monkeypatch.setattr(session._engine.links[0], "forget", lambda **numbers: forgotten.append(numbers))
+    y = model(torch.ones(2, 4))
+    del y
+    gc.collect()
+    assert [numbers["weights"] for numbers in forgotten] == [()]
+    assert len(forgotten[0]["operands"]) == 1
+    with torch.no_grad():
+        model.weight += 1
+    model(torch.ones(2, 4))
+    assert [len(numbers["weights"]) for numbers in forgotten if numbers["weights"]] == [1]
+
+
+def test_a_session_without_its_model_keeps_no_graph_alive(connect):
+    session = connect()
+    model = session.protect(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)))
+    x = torch.ones(2, 4, requires_grad=True)
+    hidden = model[0](x)
+    alive = weakref.ref(hidden)
+    model[2](hidden).sum().backward()
+    del hidden
+    gc.collect()
+    assert alive() is None
