@@ -60,7 +60,8 @@ def _spawn(settings: Settings, threads: int, null: bool) -> tuple[subprocess.Pop
         command += ["--parent", str(os.getpid()), "--device", settings.local_device, "--threads", str(threads)]
         command += ["--transcript", settings.transcript] if settings.transcript else []
         command += ["--null"] if null else []
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        # Idle threads that spin would take from this process the cores that both share.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(threads)}
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
         )
