@@ -71,8 +71,6 @@ class Traits:
     distinct_operators: bool = False
     updates: tuple[str, ...] = ("trusted",)
     optimizers: tuple[str, ...] = ("any",)
-    min_rows: int = 1
-    min_features: int = 1
     mask_seconds_per_element: float = 1.5e-9
     """Masking or unmasking one element in pure torch on one core, measured on Zen 4 (see benchmarks/)."""
     known_breaks: Mapping[str, str] = field(default_factory=dict)
