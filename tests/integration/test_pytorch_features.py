@@ -263,12 +263,18 @@ def test_torch_func_transforms_stay_trusted_and_correct(session):
 
 def test_distributed_data_parallel(session, tmp_path):
     plain, model = both(session, Network)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+
+    def train() -> None:
         wrapped = nn.parallel.DistributedDataParallel(model)
         for _ in range(2):
             wrapped(data()).square().sum().backward()
             plain(data()).square().sum().backward()
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        # The wrapper must not outlive the group: dropping gloo's last reference from there can wait for ever, as it
+        # joins threads that may want the interpreter's lock, which it holds (PyTorch's own, protected or not).
+        train()
     finally:
         torch.distributed.destroy_process_group()
     assert close(gradients(model), gradients(plain))
