@@ -12,7 +12,7 @@ from torch import Tensor
 from tempo.engine.dtypes import WIRE_DTYPES
 from tempo.engine.geometry import flops, output_shape
 from tempo.errors import NonFiniteError
-from tempo.schemes.base import EncodedInput, EncodedWeight, Problem, Target
+from tempo.schemes.base import EncodedInput, EncodedWeight, Problem, Scheme, Target
 from tempo.wire.messages import Backward, Forward, Store
 from tempo.wire.messages import Product as ProductKind
 
@@ -51,12 +51,14 @@ class Product:
         engine: The session's engine.
         name: Name of the layer (or layers) for messages to the user; never sent.
         kind: What workers compute.
+        scheme: What masks it.
     """
 
-    def __init__(self, engine: Engine, name: str, kind: ProductKind) -> None:
+    def __init__(self, engine: Engine, name: str, kind: ProductKind, scheme: Scheme) -> None:
         self.engine = engine
         self.name = name
         self.kind = kind
+        self.scheme = scheme
         self.number = engine.new_number()
         self._stored: StoredWeight | None = None
         self._fingerprint: list[Fingerprint] = []
@@ -123,7 +125,7 @@ class Product:
         with engine.stats.timed("mask"):
             w = weights[0] if len(weights) == 1 else torch.cat(list(weights))
             self._check_finite(w, "weight")
-            encoded = engine.scheme.encode_weight(
+            encoded = self.scheme.encode_weight(
                 self.problem(w.dtype), w, engine.keys.fresh(self.number, "w"), targets, engine.empty
             )
         engine.stats.encryptions["w"] += 1

@@ -63,8 +63,8 @@ class Group:
     def __init__(self, members: list[tuple[Site, Parameters]]) -> None:
         self.members = [(weakref.ref(site), parameters) for site, parameters in members]
         self.misses = 0
-        engine = members[0][0].engine
-        self._product = Product(engine, " + ".join(site.name for site, _ in members), Linear())
+        first = members[0][0]
+        self._product = Product(first.engine, " + ".join(site.name for site, _ in members), Linear(), first.scheme)
 
     def starting_with(
         self, leader: Site, weight: Tensor, bias: Tensor | None
@@ -119,7 +119,7 @@ class InputSharing:
                 other.group = group
             return
         for seen, first in self._recent:
-            if seen.same(x) and first is not site and first.neighbours:
+            if seen.same(x) and first is not site and first.neighbours and first.scheme is site.scheme:
                 first.neighbours.append((site, parameters))
                 return
         site.neighbours = [(site, parameters)]

@@ -16,6 +16,7 @@ from tempo.engine.geometry import flops
 from tempo.engine.placement import Decision
 from tempo.engine.product import Product
 from tempo.engine.sharing import Group, Parameters, Stash
+from tempo.schemes.base import Scheme
 from tempo.wire.messages import Conv, Linear
 
 if TYPE_CHECKING:
@@ -37,12 +38,14 @@ class Site:
     Args:
         engine: The session's engine.
         name: The layer's name in its model, for the user; never sent.
+        scheme: What masks its products: a session may use one for each model.
         keep_trusted: Why every call stays in the trusted process, or None.
     """
 
-    def __init__(self, engine: Engine, name: str, keep_trusted: str | None = None) -> None:
+    def __init__(self, engine: Engine, name: str, scheme: Scheme, keep_trusted: str | None = None) -> None:
         self.engine = engine
         self.name = name
+        self.scheme = scheme
         self.keep_trusted = keep_trusted
         self.usage = Usage()
         self.group: Group | None = None
@@ -52,7 +55,7 @@ class Site:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Site:
         """A copy of a layer is a layer of its own: same session, own labels, own masks."""
-        return Site(self.engine, f"{self.name} (copy)", self.keep_trusted)
+        return Site(self.engine, f"{self.name} (copy)", self.scheme, self.keep_trusted)
 
     def __reduce__(self) -> str | tuple[object, ...]:
         raise TypeError("a site belongs to a running session and cannot be stored")
@@ -109,7 +112,7 @@ class Site:
             decision = Decision(False, self.keep_trusted)
         elif cost == 0:
             decision = Decision(False, "empty")
-        elif reason := _out_of_reach(x, weight) or self.engine.scheme.refuses(kind, shape, tuple(weight.shape)):
+        elif reason := _out_of_reach(x, weight) or self.scheme.refuses(kind, shape, tuple(weight.shape)):
             decision = Decision(False, reason)
         else:
             training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -124,7 +127,7 @@ class Site:
 
     def _product(self, kind: Linear | Conv) -> Product:
         if kind not in self._products:
-            self._products[kind] = Product(self.engine, self.name, kind)
+            self._products[kind] = Product(self.engine, self.name, kind, self.scheme)
         return self._products[kind]
 
     def _take_stashed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

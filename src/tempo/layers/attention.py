@@ -37,7 +37,7 @@ class Projections(Site):
     """The site of an attention layer: one site for each projection in it."""
 
     def __init__(self, site: Site) -> None:
-        super().__init__(site.engine, site.name, site.keep_trusted)
+        super().__init__(site.engine, site.name, site.scheme, site.keep_trusted)
         self.parts: dict[str, Site] = {}
         self.names: dict[int, str] = {}
         self.attention = _with_linear(self.project)
@@ -50,7 +50,7 @@ class Projections(Site):
         # A packed parameter arrives whole (self-attention) or in slices (cross-attention).
         key = self.names.get(id(weight)) or f"in@{weight.storage_offset()}+{len(weight)}"
         if key not in self.parts:
-            self.parts[key] = Site(self.engine, f"{self.name}[{key}]", self.keep_trusted)
+            self.parts[key] = Site(self.engine, f"{self.name}[{key}]", self.scheme, self.keep_trusted)
         y: Tensor = self.parts[key].linear(x, lambda: (weight, bias), lambda: F.linear(x, weight, bias))
         return y
 

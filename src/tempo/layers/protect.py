@@ -75,7 +75,7 @@ def protect(model: nn.Module, engine: Engine, trusted: Sequence[str]) -> list[Pr
         if bypass is not None:
             reason = f"{bypass} overrides what Tempo would replace"
             warnings.warn(f"layer {name!r} stays trusted: {reason}", stacklevel=3)
-        site = entry.make_site(Site(engine, name or type(module).__name__, reason))
+        site = entry.make_site(Site(engine, name or type(module).__name__, engine.scheme, reason))
         if bypass is None and not lazy:
             # Not through __setattr__: a module would look for a parameter or submodule of that name.
             module.__dict__["_tempo"] = site
