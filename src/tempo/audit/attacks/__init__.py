@@ -1,0 +1,12 @@
+"""Attacks: one small file and one line here for each."""
+
+from __future__ import annotations
+
+from tempo.audit.attack import Attack
+from tempo.audit.attacks.gram import Gram
+
+_ATTACKS: tuple[type[Attack], ...] = (
+    Gram,  # keep one line each
+)
+
+REGISTRY: dict[str, type[Attack]] = {attack.name: attack for attack in _ATTACKS}
