@@ -1,4 +1,4 @@
-"""How much of a model was stolen: accuracy, fidelity, membership inference and adversarial examples, between two floors."""
+"""How much of a model was stolen: accuracy, fidelity, membership inference, adversarial examples; with two floors."""
 
 from __future__ import annotations
 
