@@ -9,6 +9,7 @@ import msgspec
 
 from tempo.audit.attack import Curve, Finding
 from tempo.errors import AuditError
+from tempo.settings import Settings
 
 VERSION = 1
 
@@ -82,3 +83,13 @@ def read_all(files: list[Path]) -> Report:
         curves=[curve for report in reports for curve in report.curves],
         seconds=sum(report.seconds for report in reports),
     )
+
+
+def differing(settings: Settings) -> dict[str, str]:
+    """Fields of ``settings`` that are not at their defaults, as text; the scheme left out."""
+    defaults = Settings()
+    return {
+        name: str(getattr(settings, name))
+        for name in Settings.__struct_fields__
+        if name != "scheme" and getattr(settings, name) != getattr(defaults, name)
+    }
