@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,16 +108,15 @@ class Truth:
         Raises:
             AuditError: The truth is of another session, or incomplete.
         """
-        found: dict[str, Tensor] = {}
+        found = ChainMap[str, Tensor]()
         for record in (call.stored, call.forward, call.backward):
             if record is None:
                 continue
             if record.place not in self.records:
                 raise AuditError(f"no truth is recorded for message {record.sequence} ({record.operation})")
-            found |= dict(self.records[record.place])
+            found.maps.append(cast("dict[str, Tensor]", self.records[record.place]))  # read only, and lazily
         if "columns" in found:  # the part of the output features that this worker's operator holds
-            columns = found["columns"].long()
-            found["w"] = found["w"][columns]
+            found["w"] = found["w"][found["columns"].long()]
         return CallTruth(found)
 
     def name(self, layer: int) -> str:
