@@ -75,5 +75,39 @@ class Knowledge:
         found = [part for part in parts if part is not None]
         if not parts or len(found) < len(parts):
             return None
-        stacked = torch.cat([part.double() for part in found])
-        return stacked.flatten(1) if all(size == 1 for size in stacked.shape[2:]) else stacked
+        return _flat(torch.cat([part.double() for part in found]))
+
+    def base_candidates(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """Public weights that a masked one of this shape may come from, in float64; needs ``base`` alone.
+
+        Neighbouring weights stack where layers share an input (query, key, value); a matrix may be stored transposed;
+        a 1×1 convolution travels flat; a worker may hold half of the output features (a base has twice the rows then).
+
+        Args:
+            shape: Of ``w~``, as the worker has it.
+
+        Returns:
+            By name, each of the rows of ``shape`` or twice as many; the exact ones alone where there are any.
+        """
+        weights = [(name, _flat(w).double()) for name, w in (self.base or {}).items() if w.dim() > 1]
+        found: dict[str, Tensor] = {}
+        for rows in (shape[0], 2 * shape[0]):
+            for number, (name, w) in enumerate(weights):
+                if w.dim() == 2 and tuple(w.T.shape) == (rows, *shape[1:]):
+                    found[f"{name} transposed"] = w.T
+                stacked, names = [], []
+                for member, part in weights[number : number + 4]:
+                    if tuple(part.shape[1:]) != shape[1:]:
+                        break
+                    stacked.append(part)
+                    names.append(member)
+                    if sum(len(each) for each in stacked) == rows:
+                        found[" + ".join(names)] = torch.cat(stacked)
+            if found:
+                break
+        return found
+
+
+def _flat(w: Tensor) -> Tensor:
+    """A 1×1 convolution's weight as the matrix that it is."""
+    return w.flatten(1) if all(size == 1 for size in w.shape[2:]) else w
