@@ -5,6 +5,7 @@ from __future__ import annotations
 from tempo.keys import Key
 from tempo.schemes.masks import IDENTITY, Mask
 from tempo.schemes.mix import Mix
+from tempo.schemes.single import SingleMaskScheme
 
 
 class OneSided(Mix):
@@ -41,6 +42,24 @@ class RowsOnly(Mix):
     def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
         """The identity, twice."""
         return IDENTITY, IDENTITY
+
+
+class Uncovered(SingleMaskScheme):
+    """The masks of `mix` and nothing else: rows of zeros are sent as they are, and small batches are not filled up."""
+
+    name = Mix.name
+    traits = Mix.traits
+
+    def __init__(self, block: int = 32, row_block: int = 32, rounds: int = 1) -> None:
+        self._mix = Mix(block, row_block, rounds, insecure_small_blocks=True)
+
+    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
+        """Those of `mix`."""
+        return self._mix.feature_masks(key, inputs, outputs, groups)
+
+    def row_mask(self, key: Key, part: int, rows: int) -> Mask:
+        """That of `mix`."""
+        return self._mix.row_mask(key, part, rows)
 
 
 def small_mix(block: int, row_block: int = 32, rounds: int = 1) -> Mix:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from tempo.audit.attack import Attack
 from tempo.audit.attacks.gram import Gram
+from tempo.audit.attacks.zero_rows import ZeroRows
 
 _ATTACKS: tuple[type[Attack], ...] = (
     Gram,  # keep one line each
+    ZeroRows,
 )
 
 REGISTRY: dict[str, type[Attack]] = {attack.name: attack for attack in _ATTACKS}
