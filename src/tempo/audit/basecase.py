@@ -8,22 +8,20 @@ scores guesses. Weights are flattened to matrices m×D here, a convolution's wit
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tempo.audit import lab
-from tempo.audit.attack import Evidence, Figure, NotApplicable
+from tempo.audit.attack import Curve, Evidence, Figure, NotApplicable
 from tempo.audit.knowledge import Knowledge
 from tempo.audit.samples import Samples
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import CallTruth, Truth
 from tempo.wire.messages import Conv
-
-_AXES: tuple[tuple[str, Literal["A", "P"], int], ...] = (("rows", "P", 0), ("columns", "A", 1))
 
 LEAKS = 0.9
 """Delta errors from here down count as leaks; knowing the base alone gives exactly 1."""
@@ -34,6 +32,21 @@ def network(inputs: int = 96, width: int = 128, outputs: int = 64, seed: int = 0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, outputs))
+
+
+class Attention(nn.Module):
+    """One attention head on sequences (N×T×width): query, key and value share an input, and so one ``A``."""
+
+    def __init__(self, width: int = 64, outputs: int = 32) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.out = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N×T×outputs."""
+        mixed = nn.functional.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+        output: Tensor = self.out(mixed)
+        return output
 
 
 def fine_tuned(base: nn.Module, drift: float, seed: int = 1) -> nn.Module:
@@ -172,11 +185,16 @@ def scored(guess: Guess, truth: Truth) -> Scored:
     behind = truth.of(guess.call)
     plain = behind["w"].double().flatten(1)
     held = held_rows(behind)
-    parts = [candidate.flatten(1)[held] for candidate in guess.candidates.values()]
-    base = min(parts, key=lambda part: float((plain - part).norm()))
+    base = _true_base(guess, behind).flatten(1)
     w = guess.w.flatten(1)[held]
     alike = torch.nn.functional.cosine_similarity((w - base).flatten(), (plain - base).flatten(), dim=0)
     return Scored(guess, delta_error(w, plain, base), float(alike))
+
+
+def _true_base(guess: Guess, behind: CallTruth) -> Tensor:
+    """The public weight that the private one comes from, in the rows that the worker holds."""
+    held, plain = held_rows(behind), behind["w"].double()
+    return min((each[held] for each in guess.candidates.values()), key=lambda part: float((plain - part).norm()))
 
 
 def held_rows(behind: CallTruth) -> Tensor:
@@ -236,25 +254,75 @@ def delta_figures(guesses: Sequence[Guess], truth: Truth) -> list[Figure]:
 
 
 def assignment_figures(guesses: Sequence[Guess], truth: Truth) -> list[Figure]:
-    """Share of rows and of columns assigned correctly, over all products that assign any."""
-    found = []
-    for name, which, axis in _AXES:
-        right, chance, total = 0.0, 0.0, 0
-        for guess in guesses:
-            assigned = guess.columns if axis else guess.rows
-            if assigned is None:
-                continue
-            right += len(assigned) * share_correct(assigned, truth.of(guess.call), which)
-            chance += len(assigned) / guess.base.shape[axis]
-            total += len(assigned)
-        if total:
-            found.append(
-                Figure(
-                    name=f"{name} assigned correctly",
-                    value=right / total,
-                    chance=chance / total,
-                    ceiling=1.0,
-                    meaning=f"share of the {name} of masked weights whose place in the public one is known",
-                )
-            )
-    return found
+    """Share of rows and columns assigned correctly, over all products that assign any; then of each by itself."""
+    right, chance, total = {"rows": 0, "columns": 0}, {"rows": 0.0, "columns": 0.0}, {"rows": 0, "columns": 0}
+    for guess in guesses:
+        behind = truth.of(guess.call)
+        for name, axis, assigned in (("rows", 0, guess.rows), ("columns", 1, guess.columns)):
+            if assigned is not None:
+                right[name] += round(len(assigned) * share_correct(assigned, behind, "A" if axis else "P"))
+                chance[name] += len(assigned) / guess.base.shape[axis]
+                total[name] += len(assigned)
+    axes = [name for name in total if total[name]]
+    return [
+        Figure(
+            name=f"{' and '.join(names)} assigned correctly",
+            value=sum(right[name] for name in names) / sum(total[name] for name in names),
+            chance=sum(chance[name] for name in names) / sum(total[name] for name in names),
+            ceiling=1.0,
+            meaning=f"share of the {' and '.join(names)} of masked weights whose place in the public one is known",
+        )
+        for names in ([axes] if len(axes) > 1 else []) + [[name] for name in axes]
+    ]
+
+
+Undo = Callable[[Call, Mapping[str, Tensor]], Guess]
+"""Makes a guess of a call, given the public weights that it may come from."""
+
+
+def drift_curve(name: str, undo: Undo, guess: Guess, truth: Truth, drifts: Sequence[float]) -> Curve | None:
+    """Delta error over drift: the same product, masks and direction of the private change, moved less or further.
+
+    Args:
+        name: Of the attack.
+        undo: What the attack does with one call.
+        guess: Of the product to vary.
+        truth: The truth.
+        drifts: ``‖W − W_base‖ / ‖W_base‖`` to try; at 0 there is no private change, so no error.
+
+    Returns:
+        The curve; None where the weight did not move at all.
+    """
+    behind = truth.of(guess.call)
+    plain, held = behind["w"].double(), held_rows(behind)
+    base = _true_base(guess, behind)
+    if delta_error(plain, plain, base) is None:
+        return None
+    change = (plain - base) / (plain - base).norm() * base.norm()
+    before, after = torch.linalg.inv(behind.matrix("P")).T, behind.matrix("A")
+
+    def masked(w: Tensor) -> Tensor:
+        return torch.einsum("ij,jk...,lk->il...", before, w, after)
+
+    cloak = guess.call.w.double() - masked(plain)  # rounding, where there is no cloak
+    errors: list[float | None] = []
+    rows: list[float | None] = []
+    for drift in drifts:
+        w = base + drift * change
+        stored = replace(guess.call.stored, tensors={"w": (masked(w) + cloak).float()})
+        call = Call(stored, guess.call.forward, guess.call.backward)
+        found = undo(call, guess.candidates)
+        errors.append(delta_error(found.w.flatten(1)[held], w.flatten(1), base.flatten(1)))
+        rows.append(None if found.rows is None else share_correct(found.rows, behind, "P"))
+    series = {"delta error": errors}
+    if any(share is not None for share in rows):
+        series["rows assigned correctly"] = rows
+    return Curve(
+        title=f"{name}: recovery over drift",
+        x_label="drift of the weight from the public checkpoint",
+        y_label="delta error",
+        x=list(drifts),
+        series=series,
+        leaks=LEAKS,
+        note="one product of this transcript, its private change scaled, under the masks that it had",
+    )

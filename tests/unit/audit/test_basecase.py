@@ -55,7 +55,8 @@ def test_assignments_are_scored_by_the_masks(evidence):
         behind = evidence.truth.of(guess.call)
         rows, columns = behind.permutation("P"), behind.permutation("A").flip(0)
         right.append(basecase.Guess(guess.call, guess.candidates, guess.name, guess.w, rows, columns))
-    rows, columns = basecase.assignment_figures(right, evidence.truth)
+    both, rows, columns = basecase.assignment_figures(right, evidence.truth)
+    assert columns.value < both.value < rows.value
     assert rows.value == 1.0
     assert columns.value < 0.1
     assert rows.chance == pytest.approx(2 / (128 + 64))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from tempo.audit.attack import Attack
 from tempo.audit.attacks.gram import Gram
+from tempo.audit.attacks.signatures import Signatures
 from tempo.audit.attacks.zero_rows import ZeroRows
 
 _ATTACKS: tuple[type[Attack], ...] = (
     Gram,  # keep one line each
     ZeroRows,
+    Signatures,
 )
 
 REGISTRY: dict[str, type[Attack]] = {attack.name: attack for attack in _ATTACKS}
