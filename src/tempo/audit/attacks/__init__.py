@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tempo.audit.attack import Attack
 from tempo.audit.attacks.gram import Gram
+from tempo.audit.attacks.linking import Linking
 from tempo.audit.attacks.signatures import Signatures
 from tempo.audit.attacks.zero_rows import ZeroRows
 
@@ -11,6 +12,7 @@ _ATTACKS: tuple[type[Attack], ...] = (
     Gram,  # keep one line each
     ZeroRows,
     Signatures,
+    Linking,
 )
 
 REGISTRY: dict[str, type[Attack]] = {attack.name: attack for attack in _ATTACKS}

@@ -76,11 +76,11 @@ class Signatures(Attack):
 
 def undo(call: Call, candidates: Mapping[str, Tensor]) -> Guess:
     """Match ``w~`` with each public weight that it may well come from; of these, the least apparent drift."""
-    masked = _taps(call.w.double())
+    masked = taps(call.w.double())
     profile = _signatures(_balanced(masked), 0)[:PROBES]
 
     def distance(name: str) -> float:
-        lines = _signatures(_balanced(_taps(candidates[name])), 0)
+        lines = _signatures(_balanced(taps(candidates[name])), 0)
         return float(torch.cdist(profile, lines).amin(1).mean())
 
     likely = sorted(candidates, key=distance)[:2]
@@ -89,15 +89,31 @@ def undo(call: Call, candidates: Mapping[str, Tensor]) -> Guess:
 
 def _against(call: Call, candidates: Mapping[str, Tensor], name: str, masked: Tensor) -> Guess:
     """Undo ``w~`` as if it came from one public weight."""
-    base = _taps(candidates[name])
-    found = []
-    for rows, columns in _starts(masked, base):
-        rows, columns = _refine(masked, base, rows, columns)
-        row_scales, column_scales = fit_scales(masked, base[rows][:, columns])
-        w = base.clone()  # rows that another operator holds stay public
-        w[rows[:, None], columns] = masked / (row_scales[:, None] * column_scales)[..., None]
-        found.append(Guess(call, candidates, name, w.view_as(candidates[name]), rows, columns))
-    return basecase.best(found)
+    base = taps(candidates[name])
+    rows, columns = match(masked, base)
+    row_scales, column_scales = fit_scales(masked, base[rows][:, columns])
+    w = base.clone()  # rows that another operator holds stay public
+    w[rows[:, None], columns] = masked / (row_scales[:, None] * column_scales)[..., None]
+    return Guess(call, candidates, name, w.view_as(candidates[name]), rows, columns)
+
+
+def match(masked: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row and column of ``masked`` the one of ``other`` that it is a scaled copy of, give or take some drift.
+
+    Args:
+        masked: m×d×taps, float64.
+        other: M×d×taps with M ≥ m, float64.
+
+    Returns:
+        Rows (m) and columns (d).
+    """
+    ours = _balanced(masked)
+
+    def likeness(assigned: tuple[Tensor, Tensor]) -> float:
+        rows, columns = assigned
+        return float((ours * _balanced(other[rows])[:, columns]).sum())
+
+    return max((_refine(ours, other, *start) for start in _starts(ours, other)), key=likeness)
 
 
 def fit_scales(masked: Tensor, public: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +156,7 @@ def _lines(w: Tensor, axis: int) -> Tensor:
     return (w if axis == 0 else w.transpose(0, 1)).flatten(1)
 
 
-def _taps(w: Tensor) -> Tensor:
+def taps(w: Tensor) -> Tensor:
     """As m×d×taps: a matrix has one tap, a convolution those of its kernel."""
     return w.reshape(*w.shape[:2], -1)
 
@@ -162,22 +178,21 @@ def _signatures(w: Tensor, axis: int) -> Tensor:
     return functional.interpolate(values, QUANTILES, mode="linear", align_corners=True).flatten(1)
 
 
-def _starts(masked: Tensor, base: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _starts(ours: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """First assignments: rows by signature and columns from these, then the other way round."""
-    ours, public = _balanced(masked), _balanced(base)
+    public = _balanced(other)
     rows = _assign(-torch.cdist(_signatures(ours, 0), _signatures(public, 0)))
     yield rows, _assign(_products(ours, public[rows], 1))
     columns = _assign(-torch.cdist(_signatures(ours, 1), _signatures(public, 1)))
     yield _assign(_products(ours, public[:, columns], 0)), columns
 
 
-def _refine(masked: Tensor, base: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def _refine(ours: Tensor, other: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Match each axis in turn by inner products over the other, until nothing changes."""
-    ours = _balanced(masked)
     for _ in range(20):
         before = rows, columns
-        rows = _assign(_products(ours, _balanced(base)[:, columns], 0))
-        columns = _assign(_products(ours, _balanced(base[rows]), 1))  # of these rows alone: others may be elsewhere
+        rows = _assign(_products(ours, _balanced(other)[:, columns], 0))
+        columns = _assign(_products(ours, _balanced(other[rows]), 1))  # of these rows alone: others may be elsewhere
         if torch.equal(rows, before[0]) and torch.equal(columns, before[1]):
             break
     return rows, columns
