@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tempo.audit.attack import Attack
+from tempo.audit.attacks.directions import Directions
 from tempo.audit.attacks.gram import Gram
 from tempo.audit.attacks.linking import Linking
 from tempo.audit.attacks.signatures import Signatures
@@ -17,6 +18,7 @@ _ATTACKS: tuple[type[Attack], ...] = (
     Span,
     Signatures,
     Linking,
+    Directions,
 )
 
 REGISTRY: dict[str, type[Attack]] = {attack.name: attack for attack in _ATTACKS}
