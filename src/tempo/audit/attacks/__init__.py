@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tempo.audit.attack import Attack
+from tempo.audit.attacks.cross_layer import CrossLayer
 from tempo.audit.attacks.directions import Directions
 from tempo.audit.attacks.gram import Gram
 from tempo.audit.attacks.linking import Linking
@@ -13,6 +14,7 @@ from tempo.audit.attacks.zero_rows import ZeroRows
 
 _ATTACKS: tuple[type[Attack], ...] = (
     Gram,  # keep one line each
+    CrossLayer,
     ZeroRows,
     SpatialICA,
     Span,
