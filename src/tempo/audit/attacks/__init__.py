@@ -12,6 +12,7 @@ from tempo.audit.attacks.ica import ICA
 from tempo.audit.attacks.linking import Linking
 from tempo.audit.attacks.nmf import NMF
 from tempo.audit.attacks.signatures import Signatures
+from tempo.audit.attacks.singular_vectors import SingularVectors
 from tempo.audit.attacks.span import Span
 from tempo.audit.attacks.spatial_ica import SpatialICA
 from tempo.audit.attacks.zero_rows import ZeroRows
@@ -30,6 +31,7 @@ _ATTACKS: tuple[type[Attack], ...] = (
     DataAlignmentBase,
     ICA,
     NMF,
+    SingularVectors,
 )
 
 REGISTRY: dict[str, type[Attack]] = {attack.name: attack for attack in _ATTACKS}
