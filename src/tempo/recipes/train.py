@@ -323,10 +323,10 @@ def _kept(summary: Summary) -> list[str] | None:
 
 
 def _placed(summary: Summary) -> str:
-    """Where the layers went, in two lines."""
+    """What masks the model, and where its layers went."""
     sent = sum(1 for line in summary.lines if line.offloaded)
     return (
-        f"scheme {summary.scheme}: {summary.protects}\n"
+        f"{'; '.join(summary.models)}\n"
         f"{sent} of {len(summary.lines)} layers, {summary.offloaded_share:.1%} of their FLOPs, go to "
         f"{'; '.join(summary.workers)}"
     )

@@ -73,6 +73,8 @@ class Traits:
     optimizers: tuple[str, ...] = ("any",)
     mask_seconds_per_element: float = 1.5e-9
     """Masking or unmasking one element in pure torch on one core, measured on Zen 4 (see benchmarks/)."""
+    public_base_preset: str = ""
+    """The scheme that stands in for this one where weights come from a public base; empty: itself."""
     known_breaks: Mapping[str, str] = field(default_factory=dict)
     """What is known to undo the scheme, by what makes it apply: ``always``, ``relu``, ``public-base``,
     ``zero-gradient-rows``."""
@@ -134,6 +136,15 @@ class Scheme(ABC):
     def from_settings(cls, settings: Settings) -> Self:
         """The scheme as a session's settings ask for it."""
         return cls()
+
+    @property
+    def mask_seconds_per_element(self) -> float:
+        """What masking or unmasking one element costs, for the planner."""
+        return self.traits.mask_seconds_per_element
+
+    def rows_sent(self, rows: int) -> int:
+        """Rows that workers get in all where a product has ``rows``, for the planner."""
+        return rows
 
     def refuses(self, product: Product, x: tuple[int, ...], w: tuple[int, ...]) -> str | None:
         """Why a product of operands of these shapes must stay in the trusted process, or None."""

@@ -31,6 +31,10 @@ class SingleMaskScheme(Scheme):
     row_block = 1
     """Rows that a part needs at least; shield rows fill it up."""
 
+    def rows_sent(self, rows: int) -> int:
+        """With shield rows, for one worker."""
+        return max(rows, self.row_block)
+
     @abstractmethod
     def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
         """Draw ``A`` over ``inputs`` and ``P`` over ``outputs`` features."""
