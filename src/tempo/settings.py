@@ -16,7 +16,7 @@ Seconds = Annotated[float, Meta(gt=0, le=86400)]
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How a session protects, places and sends."""
 
-    scheme: str = "tempo"
+    scheme: str = "mix"
     """Name of the masking scheme; `tempo.schemes.names()` lists them."""
 
     base: Literal["auto", "public", "secret"] = "auto"

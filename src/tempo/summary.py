@@ -51,7 +51,7 @@ class Summary:
     """What is protected, what stays trusted and why. Print it."""
 
     def __init__(self, engine: Engine, layers: Sequence[ProtectedLayer], models: Sequence[ProtectedModel] = ()) -> None:
-        self.models = [str(model) for model in models]
+        self.models = list(models)
         self.workers = [
             f"{link.address} ({link.welcome.device}), {share:.0%} of the rows"
             for link, share in zip(engine.links, engine.planner.shares, strict=True)
@@ -69,7 +69,7 @@ class Summary:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         total = sum(line.offloaded + line.trusted for line in self.lines)
         for model in self.models:
-            yield Text(model)
+            yield Text(str(model))
         table = Table("layer", "type", "where", "why")
         table.add_column("FLOPs", justify="right")
         for line in self.lines:

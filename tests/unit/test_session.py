@@ -60,7 +60,7 @@ def test_several_models_share_a_session_and_models_move_between_sessions(connect
 
 
 def test_closing_twice_is_fine_and_leaving_the_block_closes(workers):
-    with tempo.connect(workers[0], placement="all") as session:
+    with tempo.connect(workers[0], placement="all", scheme="tempo") as session:
         model = session.protect(nn.Linear(4, 3))
     session.close()
     with pytest.raises(SessionClosedError):

@@ -113,9 +113,9 @@ def test_unprotecting_one_model_leaves_the_report_of_another(connect):
 def test_a_session_names_the_scheme_of_each_model_and_why(connect):
     session = connect(scheme="mix", base="auto")
     models = [session.protect(nn.Linear(4, 4), base=base) for base in ("secret", None)]
-    lines = session.summary().models
+    lines = [str(model) for model in session.summary().models]
     assert lines[0].startswith("Linear: scheme mix, base secret (base='secret' was given): resists")
     assert lines[1].startswith("Linear: scheme mix-tuned, base public (nothing is known of where its weights come from")
     assert all(line.split(" (")[0] in str(session.summary()) for line in lines)
     session.unprotect(models[0])
-    assert session.summary().models == lines[1:]
+    assert [str(model) for model in session.summary().models] == lines[1:]

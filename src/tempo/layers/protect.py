@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -15,7 +15,7 @@ from tempo.engine.site import Site
 from tempo.errors import ProtectionWarning, SettingsError
 from tempo.layers import layer_type
 from tempo.layers.base import Protected, overrides, protected_class
-from tempo.layers.exposed import CONVOLUTIONS, Exposed, exposed_layers
+from tempo.layers.exposed import CONVOLUTIONS, exposed_layers
 from tempo.schemes.base import Scheme
 from tempo.wire.messages import Conv, Linear
 
@@ -144,41 +144,44 @@ def _reasons_to_keep(
 ) -> dict[str, str]:
     """Why layers never go out, by name; warns of exposed ones that do, and of what keeping them costs."""
     kept = {name: reason for name, module in layers if (reason := _own_reason(name, module, trusted))}
+    chosen = len(kept) == len(layers)
+    refused = {name for name, module in layers if _refused(scheme, module)}
     careful = engine.settings.placement == "auto"
+    by_exposure = []
     exposed = exposed_layers(model, layers)
     for name, found in exposed.items():
         if name in kept or any(_covers(pattern, name) for pattern in offload):
             continue
         if careful:
             kept[name] = found.reason
-        elif not _refused(scheme, dict(layers)[name]):
+            by_exposure.append(name)
+        elif name not in refused:
             engine.warn_once(f"layer {name!r} {found.risk} (trusted={name!r} keeps it here)", ProtectionWarning)
-    if careful:
-        by_exposure = [name for name, found in exposed.items() if kept.get(name) == found.reason]
-        _warn_of_cost(engine, layers, kept, by_exposure, exposed)
+    if not chosen and kept.keys() | refused >= {name for name, _ in layers}:
+        _warn_that_nothing_goes_out(engine, scheme, by_exposure, refused)
+    elif by_exposure:
+        _warn_of_cost(engine, layers, [name for name in by_exposure if exposed[name].last])
     return kept
 
 
-def _warn_of_cost(
-    engine: Engine,
-    layers: Sequence[tuple[str, nn.Module]],
-    kept: Mapping[str, str],
-    by_exposure: Sequence[str],
-    exposed: Mapping[str, Exposed],
-) -> None:
-    """Say what keeping exposed layers costs: everything, or a large last layer's share."""
-    if by_exposure and len(kept) == len(layers):
-        names = ", ".join(repr(name or "*") for name in by_exposure)
-        engine.warn_once(
-            f"nothing of this model goes out: what sees raw inputs or labels stays trusted "
-            f"(offload=({names},) sends it all the same)",
-            ProtectionWarning,
-        )
-        return
+def _warn_that_nothing_goes_out(engine: Engine, scheme: Scheme, exposed: Sequence[str], refused: Set[str]) -> None:
+    """Say that all layers stay home, and why, where that is not what was asked for."""
+    reasons = []
+    if sent := [name or "*" for name in exposed if name not in refused]:
+        names = ", ".join(map(repr, sent))
+        reasons.append(f"what sees raw inputs or labels stays trusted (offload=({names},) sends it all the same)")
+    if refused:
+        which = "the others have" if sent else "all layers have"
+        reasons.append(f"{which} fewer features than scheme {scheme.name!r} needs")
+    engine.warn_once(f"nothing of this model goes out: {'; '.join(reasons)}", ProtectionWarning)
+
+
+def _warn_of_cost(engine: Engine, layers: Sequence[tuple[str, nn.Module]], last: Sequence[str]) -> None:
+    """Say what a large last layer costs that stays."""
     sizes = {name: sum(p.numel() for p in module.parameters() if not is_lazy(p)) for name, module in layers}
-    for name in by_exposure:
+    for name in last:
         share = sizes[name] / max(1, sum(sizes.values()))
-        if exposed[name].last and share >= _LARGE_SHARE:
+        if share >= _LARGE_SHARE:
             engine.warn_once(
                 f"the last layer {name!r} stays trusted, since the gradient of its output shows labels: {share:.0%} of "
                 "the parameters that workers could compute with, and of fully connected layers that share of the FLOPs "

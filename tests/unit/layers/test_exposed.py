@@ -89,6 +89,14 @@ def test_a_model_that_is_all_first_and_last_does_not_stay_home_silently(connect,
         connect(scheme="insecure-plain", placement="auto").protect(model)
 
 
+def test_a_model_too_narrow_for_the_scheme_does_not_stay_home_silently(connect):
+    with pytest.warns(ProtectionWarning, match=r"goes out: all layers have fewer features than scheme 'mix'"):
+        connect(scheme="mix").protect(mlp(8, 8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        connect(scheme="mix").protect(mlp(8, 8, 8), trusted=["*"])  # as asked
+
+
 def names(model: nn.Module) -> dict[str, str]:
     kinds = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
