@@ -57,11 +57,14 @@ def connect(workers: list[str]) -> Iterator[Connect]:
     """
     with ExitStack() as stack:
 
-        def open_session(count: int = 1, **fields: Any) -> Session:
+        def open_session(count: int = 1, operators: int = 1, **fields: Any) -> Session:
             fields.setdefault("placement", "all")
             fields.setdefault("divide_flops", 1)
             fields.setdefault("scheme", "tempo")
             fields.setdefault("base", "secret")
-            return stack.enter_context(tempo.connect(*workers[:count], **fields))
+            addresses = workers[:count]
+            if operators > 1:
+                addresses = [f"{address}@operator{i % operators}" for i, address in enumerate(addresses)]
+            return stack.enter_context(tempo.connect(*addresses, **fields))
 
         yield open_session

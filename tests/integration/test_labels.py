@@ -98,9 +98,10 @@ def ledger(monkeypatch: pytest.MonkeyPatch) -> Ledger:
             found.meets(role, "L", content(masks.L), plain)
 
     watch(KeySchedule, "fresh", found.label, before=False)
+    watch(Key, "branch", found.label, before=False)
     watch(SingleMaskScheme, "encode_weight", lambda _s, _p, w, key, *_: found.plaintext(key, w))
     watch(MaskedWeight, "encode_input", lambda _w, x, key, *_: found.plaintext(key, x))
-    watch(MaskedInput, "encode_gradient", lambda _x, g, key, *_: found.plaintext(key, g))
+    watch(MaskedInput, "encode_gradient", lambda _x, g, key, *_, **__: found.plaintext(key, g))
     watch(Masks, "encode", masks_meet)
     return found
 

@@ -85,14 +85,26 @@ class Engine:
         if traits.distinct_operators and len(operators) < len(self.links):
             raise SchemeError(f"scheme {scheme.name!r} needs workers of distinct operators (host:port@operator)")
 
-    def targets(self, number: int, rows: int, flops: int) -> list[Target]:
-        """Which workers take part in a product, and with which share of its rows."""
+    def targets(self, number: int, rows: int, flops: int, operators: int = 1) -> list[Target]:
+        """Which workers take part in a product, and with which share of its rows.
+
+        Args:
+            number: Of the product; spreads small ones over the workers.
+            rows: Of its input.
+            flops: Of one pass.
+            operators: How many distinct operators its scheme divides it over, where there are that many.
+        """
         self.check_open()
         shares = self.planner.shares
         everyone = [Target(i, link.address.operator, shares[i]) for i, link in enumerate(self.links)]
-        if flops < self.settings.divide_flops or rows < len(everyone):
-            return [everyone[number % len(everyone)]]
-        return everyone
+        parties = list(dict.fromkeys(target.operator for target in everyone))
+        if operators > 1 and len(parties) > 1:
+            chosen = [parties[(number + i) % len(parties)] for i in range(min(operators, len(parties)))]
+            teams = [[target for target in everyone if target.operator == operator] for operator in chosen]
+        else:
+            teams = [everyone]
+        whole = flops < self.settings.divide_flops or any(rows < len(team) for team in teams)
+        return [target for team in teams for target in ([team[number % len(team)]] if whole else team)]
 
     def empty(self, worker: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A send buffer of that worker's link."""

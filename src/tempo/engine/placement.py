@@ -96,20 +96,24 @@ class Planner:
         inputs = round(prod(x) * filled)
         # Every output element takes two operations per weight in its row.
         outputs = round(flops // (2 * (prod(w) // w[0])) * filled)
-        weights = prod(w) if training else 0  # an unchanged weight is masked once
+        # An unchanged weight is masked once, if its masks are kept.
+        weights = prod(w) if training or scheme.traits.fresh_every_call else 0
         up, down = inputs + weights, outputs
-        if training:
+        mask = inputs * scheme.mask_seconds_per_element(x[1]) + outputs * scheme.mask_seconds_per_element(w[0])
+        mask += weights * scheme.mask_seconds_per_element(max(x[1], w[0]))
+        if training:  # as much again: g goes up; dx and dw come down
             up, down = up + outputs, down + inputs + weights
+            mask *= 2
+            # What added rows contribute to the weight gradient is computed here, and taken off.
+            mask += flops * (filled - 1) / self.trusted_flops_per_s
         size = WIRE_DTYPES.get(dtype, dtype).itemsize
         passes = 3 if training else 1
         upload = sum(m.upload_bytes_per_s for m in self.measurements)
         download = sum(m.download_bytes_per_s for m in self.measurements)
         latency = max(m.latency_s for m in self.measurements) * (2 if training else 1)
-        # What added rows contribute to the weight gradient is computed here, and taken off.
-        added = flops * (filled - 1) / self.trusted_flops_per_s if training else 0.0
         return Estimate(
             saved=flops * passes / self.trusted_flops_per_s,
-            mask=(up + down) * scheme.mask_seconds_per_element + added,
+            mask=mask,
             wire=size * (up / upload + down / download) + latency,
             worker=flops * filled * passes / sum(m.flops_per_s for m in self.measurements),
         )

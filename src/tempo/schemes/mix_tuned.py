@@ -1,27 +1,25 @@
-"""Scheme `mix-tuned`: `mix` for models that start from a public base."""
+"""Scheme `mix-tuned`: the preset of mixing for fine-tuning a public checkpoint. See `tempo.schemes.mixing`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Self
-
-from tempo.schemes.mix import Mix
-from tempo.settings import Settings
+from tempo.schemes.base import Traits
+from tempo.schemes.mixing import LEAST_CLOAK, Mixing, Preset
 
 
-class MixTuned(Mix):
-    """`mix` in two rounds."""
+class MixTuned(Mixing):
+    """Two rounds, a cloak on ``W``, everything fresh at every call, output features divided over two operators."""
 
     name = "mix-tuned"
-    traits = replace(Mix.traits, public_base_preset="", known_breaks={}, mask_seconds_per_element=14e-9)
-
-    @classmethod
-    def from_settings(cls, settings: Settings) -> Self:
-        """With the blocks that the settings ask for."""
-        return cls(
-            settings.mix_block,
-            settings.mix_row_block,
-            2,
-            settings.mix_condition,
-            insecure_small_blocks=settings.insecure_small_blocks,
-        )
+    traits = Traits(
+        protects="resists workers that know the base checkpoint, as far as attacks tried before this code was written "
+        "tell; not audited yet, see docs/schemes/mix.md",
+        operators=2,
+        fresh_every_call=True,
+        public_base_preset="mix-tuned",
+        mask_seconds_per_element=14e-9,
+        known_breaks={
+            "public-base": "whoever knows both the base checkpoint and the distribution of the data learns something "
+            "of a fine-tuned change under any single-worker mask (docs/schemes/mix.md)",
+        },
+    )
+    preset = Preset(rounds=2, cloak=LEAST_CLOAK, least_block=32, least_row_block=32, dense_below=384)

@@ -80,8 +80,9 @@ def encoded(x, w):
         return torch.empty(shape, dtype=dtype)
 
     weight = schemes.create("mix").encode_weight(Problem(Linear(), x.dtype), w, keys.fresh(1, "w"), [target], empty)
-    source = weight.encode_input(x, keys.fresh(1, "x"), [target], empty)
-    gradient = source.encode_gradient(torch.zeros(len(x), len(w)), keys.fresh(1, "g"), empty)
+    source = weight.encode_input(x, keys.fresh(1, "x"), [target], empty, lambda: w)
+    g = torch.zeros(len(x), len(w))
+    gradient = source.encode_gradient(g, keys.fresh(1, "g"), empty, lambda: x, lambda: w, want_dw=True)
     return weight, source, gradient
 
 
