@@ -88,7 +88,7 @@ class Session:
         self._layers: list[ProtectedLayer] = []
         self._models: list[ProtectedModel] = []
         self._said: set[str] = set()
-        self._presets: dict[str, Scheme] = {settings.scheme: self._engine.scheme}
+        self._presets: dict[str, Scheme] = {}
 
     @property
     def settings(self) -> Settings:
@@ -177,15 +177,16 @@ class Session:
         preset = scheme.traits.public_base_preset
         if not preset:
             return scheme
-        name = preset if found.base == "public" else scheme.name
-        if name not in self._presets:
-            self._presets[name] = schemes.create(name, self.settings)
-            self._engine.check_workers(self._presets[name])
-        if (said := f"scheme {name!r}, base {found.base}: {found.why}") not in self._said:
+        if found.base == "public" and preset != scheme.name:
+            if preset not in self._presets:
+                self._presets[preset] = schemes.create(preset, self.settings)
+                self._engine.check_workers(self._presets[preset])
+            scheme = self._presets[preset]
+        if (said := f"scheme {scheme.name!r}, base {found.base}: {found.why}") not in self._said:
             self._said.add(said)
             # Unless configured otherwise, Python shows warnings only: what costs more, or is not what was meant.
             log.log(logging.WARNING if found.base == "public" else logging.INFO, "%s", said)
-        return self._presets[name]
+        return scheme
 
     def _warn_of_known_breaks(self, model: nn.Module, scheme: Scheme, found: Origin) -> None:
         """Say once, specifically, what is known to break this scheme on this model."""
