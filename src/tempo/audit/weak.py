@@ -6,6 +6,7 @@ from tempo.keys import Key
 from tempo.schemes.masks import IDENTITY, Mask
 from tempo.schemes.mix import Mix
 from tempo.schemes.single import SingleMaskScheme
+from tempo.schemes.tempo import Tempo
 
 
 class OneSided(Mix):
@@ -65,3 +66,18 @@ class Uncovered(SingleMaskScheme):
 def small_mix(block: int, row_block: int = 32, rounds: int = 1) -> Mix:
     """`mix` with blocks below the sizes that a session accepts."""
     return Mix(block, row_block, rounds, insecure_small_blocks=True)
+
+
+class InputsMixed(Mix):
+    """`mix` on input features alone; output features are permuted and scaled as in `tempo`, rows likewise."""
+
+    def __init__(self, block: int = 32, rounds: int = 1) -> None:
+        super().__init__(block, 1, rounds, insecure_small_blocks=True)
+
+    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
+        """``A`` of `mix`, ``P`` of `tempo`."""
+        return super().feature_masks(key, inputs, outputs, groups)[0], Tempo().feature_masks(key, inputs, outputs, 1)[1]
+
+    def row_mask(self, key: Key, part: int, rows: int) -> Mask:
+        """That of `tempo`."""
+        return Tempo().row_mask(key, part, rows)

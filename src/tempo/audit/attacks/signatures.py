@@ -77,10 +77,10 @@ class Signatures(Attack):
 def undo(call: Call, candidates: Mapping[str, Tensor]) -> Guess:
     """Match ``w~`` with each public weight that it may well come from; of these, the least apparent drift."""
     masked = taps(call.w.double())
-    profile = _signatures(_balanced(masked), 0)[:PROBES]
+    profile = _signatures(balanced(masked), 0)[:PROBES]
 
     def distance(name: str) -> float:
-        lines = _signatures(_balanced(taps(candidates[name])), 0)
+        lines = _signatures(balanced(taps(candidates[name])), 0)
         return float(torch.cdist(profile, lines).amin(1).mean())
 
     likely = sorted(candidates, key=distance)[:2]
@@ -107,11 +107,11 @@ def match(masked: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Rows (m) and columns (d).
     """
-    ours = _balanced(masked)
+    ours = balanced(masked)
 
     def likeness(assigned: tuple[Tensor, Tensor]) -> float:
         rows, columns = assigned
-        return float((ours * _balanced(other[rows])[:, columns]).sum())
+        return float((ours * balanced(other[rows])[:, columns]).sum())
 
     return max((_refine(ours, other, *start) for start in _starts(ours, other)), key=likeness)
 
@@ -161,7 +161,7 @@ def taps(w: Tensor) -> Tensor:
     return w.reshape(*w.shape[:2], -1)
 
 
-def _balanced(w: Tensor) -> Tensor:
+def balanced(w: Tensor) -> Tensor:
     """Scaled to rows and columns of unit mean square (Sinkhorn & Knopp): what scales a mask had is gone."""
     power = w.square().sum(2)
     rows, columns = torch.ones(w.shape[0], dtype=w.dtype), torch.ones(w.shape[1], dtype=w.dtype)
@@ -180,19 +180,19 @@ def _signatures(w: Tensor, axis: int) -> Tensor:
 
 def _starts(ours: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """First assignments: rows by signature and columns from these, then the other way round."""
-    public = _balanced(other)
-    rows = _assign(-torch.cdist(_signatures(ours, 0), _signatures(public, 0)))
-    yield rows, _assign(_products(ours, public[rows], 1))
-    columns = _assign(-torch.cdist(_signatures(ours, 1), _signatures(public, 1)))
-    yield _assign(_products(ours, public[:, columns], 0)), columns
+    public = balanced(other)
+    rows = assign(-torch.cdist(_signatures(ours, 0), _signatures(public, 0)))
+    yield rows, assign(_products(ours, public[rows], 1))
+    columns = assign(-torch.cdist(_signatures(ours, 1), _signatures(public, 1)))
+    yield assign(_products(ours, public[:, columns], 0)), columns
 
 
 def _refine(ours: Tensor, other: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Match each axis in turn by inner products over the other, until nothing changes."""
     for _ in range(20):
         before = rows, columns
-        rows = _assign(_products(ours, _balanced(other)[:, columns], 0))
-        columns = _assign(_products(ours, _balanced(other[rows]), 1))  # of these rows alone: others may be elsewhere
+        rows = assign(_products(ours, balanced(other)[:, columns], 0))
+        columns = assign(_products(ours, balanced(other[rows]), 1))  # of these rows alone: others may be elsewhere
         if torch.equal(rows, before[0]) and torch.equal(columns, before[1]):
             break
     return rows, columns
@@ -203,6 +203,6 @@ def _products(ours: Tensor, public: Tensor, axis: int) -> Tensor:
     return _lines(ours, axis) @ _lines(public, axis).T
 
 
-def _assign(likeness: Tensor) -> Tensor:
+def assign(likeness: Tensor) -> Tensor:
     """For each line the other that it is assigned to, one to one, most alike in sum."""
     return torch.from_numpy(linear_sum_assignment(likeness.numpy(), maximize=True)[1])
