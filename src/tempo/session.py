@@ -129,6 +129,8 @@ class Session:
         self._layers += protect(
             model, self._engine, scheme, [*self.settings.trusted, *trusted], [*self.settings.offload, *offload]
         )
+        if self._engine.truth is not None:
+            self._engine.truth.masked_by(scheme.name)
         self._models.append(ProtectedModel(model, scheme, found))
         self._warn_of_known_breaks(model, scheme, found)
         return model

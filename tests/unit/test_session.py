@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import types
 import warnings
 import weakref
@@ -141,6 +142,14 @@ def test_one_session_may_hold_models_of_both_bases(connect, caplog):
     assert models[1][0]._tempo.scheme is models[2][0]._tempo.scheme
     said = [(record.levelname, record.getMessage().split(":")[0]) for record in caplog.records]
     assert said == [("INFO", "scheme 'mix', base secret"), ("WARNING", "scheme 'mix-tuned', base public")]
+
+
+def test_the_record_of_the_truth_names_the_schemes_that_were_used(connect, tmp_path):
+    session = connect(scheme="mix", insecure_record_truth=str(tmp_path))
+    (manifest,) = tmp_path.glob("*/manifest.json")
+    for base, expected in (("public", "mix-tuned"), ("public", "mix-tuned"), ("secret", "mix-tuned, mix")):
+        session.protect(wide(), base=base)
+        assert json.loads(manifest.read_text())["scheme"] == expected
 
 
 def test_a_public_base_under_a_scheme_that_it_breaks_is_warned_of_once(connect):

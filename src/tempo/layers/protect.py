@@ -169,10 +169,9 @@ def _warn_that_nothing_goes_out(engine: Engine, scheme: Scheme, exposed: Sequenc
     reasons = []
     if sent := [name or "*" for name in exposed if name not in refused]:
         names = ", ".join(map(repr, sent))
-        reasons.append(f"what sees raw inputs or labels stays trusted (offload=({names},) sends it all the same)")
+        reasons.append(f"layers near inputs and labels stay trusted (offload=({names},) sends them all the same)")
     if refused:
-        which = "the others have" if sent else "all layers have"
-        reasons.append(f"{which} fewer features than scheme {scheme.name!r} needs")
+        reasons.append(f"layers of fewer features than scheme {scheme.name!r} needs stay trusted")
     engine.warn_once(f"nothing of this model goes out: {'; '.join(reasons)}", ProtectionWarning)
 
 

@@ -90,7 +90,7 @@ def test_a_model_that_is_all_first_and_last_does_not_stay_home_silently(connect,
 
 
 def test_a_model_too_narrow_for_the_scheme_does_not_stay_home_silently(connect):
-    with pytest.warns(ProtectionWarning, match=r"goes out: all layers have fewer features than scheme 'mix'"):
+    with pytest.warns(ProtectionWarning, match=r"goes out: layers of fewer features than scheme 'mix'"):
         connect(scheme="mix").protect(mlp(8, 8, 8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
