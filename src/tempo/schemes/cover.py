@@ -56,6 +56,14 @@ class Cover:
     """What went into the dead rows, then the rows that were appended."""
 
     @property
+    def filled_columns(self) -> Tensor:
+        """Dead columns that were filled: all or none.
+
+        As many appended rows as live ones leave no column nearly dead, and in few rows zeros meet by chance.
+        """
+        return self.columns[:0] if self.real - len(self.rows) <= len(self.shield) else self.columns
+
+    @property
     def empty(self) -> bool:
         """Whether the operand was all zero."""
         return len(self.rows) == self.real
@@ -87,14 +95,14 @@ def cover(stream: Keystream, plain: Tensor, fillers: int = 0, shields: int = 0) 
     real, appended = len(plain), fillers + shields
     rows = dead_rows(plain)
     live = real - len(rows)
-    # As many appended rows as live ones leave no column nearly dead, and in few rows zeros meet by chance.
-    columns = _dead_columns(plain, rows) if live > appended else rows[:0]
+    columns = _dead_columns(plain, rows) if live else rows[:0]
     if not appended and not len(rows) and not len(columns):
         return plain, uncovered(plain)
     scale = _rms(plain, live * (plain.shape[1] - len(columns)) / max(1, real * plain.shape[1]))
     covered = plain.new_empty(real + appended, *plain.shape[1:])
     covered[:real] = plain
-    _fill(stream, covered[:real], 1, columns, scale)
+    if live > appended:
+        _fill(stream, covered[:real], 1, columns, scale)
     last = torch.arange(real, real + appended)
     _fill(stream, covered, 0, torch.cat([rows, last[:fillers]]), scale)
     _fill(stream, covered, 0, last[fillers:], scale * SHIELD_ENERGY**0.5)

@@ -27,6 +27,12 @@ from tempo.wire.messages import Conv, Product
 LEAST_CLOAK = 16
 """Cloaks of lower rank were removed: 4 at blocks of 8, 8 at blocks of 8 with knowledge of the data."""
 
+PASS = 1.8e-9
+"""Seconds per element for one round along one axis, whatever the block; see ``benchmarks/mask_speed.py``."""
+
+MULTIPLICATION = 5e-11
+"""Seconds per element for each element of a block, and of a cloak's rank, on one core."""
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -133,6 +139,12 @@ class Mixing(SingleMaskScheme):
     def rows_sent(self, rows: int) -> int:
         """With shield rows: those asked for, and what a row block lacks."""
         return max(rows + self.shield_rows, self.row_block)
+
+    def mask_seconds_per_element(self, width: int) -> float:
+        """With the rounds, blocks and cloak that an axis of ``width`` features gets."""
+        block, rounds = self.mixing_of(width)
+        mixing = self.rounds * (PASS + self.row_block * MULTIPLICATION) + rounds * (PASS + block * MULTIPLICATION)
+        return mixing + 2 * self.cloak_rank * MULTIPLICATION
 
     def rows_to_repeat(self, g: Tensor, x: tuple[int, ...], w: tuple[int, ...], *, want_dw: bool) -> Tensor | None:
         """The live rows, where so many are dead that this is cheaper than filling them."""
