@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tempo.keys import Keystream
 from tempo.schemes import haar
-from tempo.schemes.mixing import mix
+from tempo.schemes.block_sandwich import block_sandwich
 from tempo.schemes.operators import Blocks, Gather, Operator, inverse_index
 from tempo.schemes.sandwich import sandwich
 
@@ -203,7 +203,7 @@ class Masks:
         # Blocks span the pieces: the whole is unmasked once, chunk by chunk straight into the pieces of its rows.
         blocks = any(operator is not None and operator.blocks for operator in (rows, columns))
         if blocks and axis == 1:
-            mix(masked, rows, columns, outs)
+            block_sandwich(masked, rows, columns, outs)
             return
         if blocks:
             whole = torch.empty(masked.shape, dtype=outs[0].dtype)

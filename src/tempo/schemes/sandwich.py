@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tempo.schemes.mixing import mix
+from tempo.schemes.block_sandwich import block_sandwich
 from tempo.schemes.operators import Gather, Operator, work_dtype
 
 _CHUNK = 1 << 18
@@ -23,7 +23,7 @@ def sandwich(x: Tensor, rows: Operator | None, columns: Operator | None, out: Te
     if rows is None and columns is None:
         out.copy_(x)
     elif any(operator is not None and operator.blocks for operator in (rows, columns)):
-        mix(x, rows, columns, [out])
+        block_sandwich(x, rows, columns, [out])
     else:
         row, column = (None if operator is None else operator.gathers[0] for operator in (rows, columns))
         (_gather_matrix if x.dim() == 2 else _gather_planes)(x, row, column, out)

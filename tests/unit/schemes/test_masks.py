@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tempo.keys import KeySchedule
+from tempo.schemes.block_sandwich import block_sandwich
 from tempo.schemes.masks import IDENTITY, Form, Mask, Masks, draw, draw_blocks
-from tempo.schemes.mixing import mix
 from tempo.schemes.operators import Operator
 from tempo.schemes.sandwich import sandwich
 
@@ -98,7 +98,7 @@ def test_tensors_of_many_chunks(rounds, sides, spatial):
     )
     x = torch.randn(rows, columns, *spatial, dtype=DOUBLE)
     pieces = [torch.empty(rows, size, *spatial, dtype=DOUBLE) for size in (columns - 90, 90)]
-    mix(x, left, right, pieces)
+    block_sandwich(x, left, right, pieces)
     half = torch.einsum("ir,rc...->ic...", dense(left, rows), x)
     expected = torch.einsum("jc,ic...->ij...", dense(right, columns), half)
     assert relative(torch.cat(pieces, 1), expected) < 1e-13

@@ -21,7 +21,7 @@ _CHUNK = 1 << 19
 """Elements handled at a time: fewer make products small, more leave the third-level cache."""
 
 
-def mix(x: Tensor, rows: Operator | None, columns: Operator | None, outs: Sequence[Tensor]) -> None:
+def block_sandwich(x: Tensor, rows: Operator | None, columns: Operator | None, outs: Sequence[Tensor]) -> None:
     """`tempo.schemes.sandwich.sandwich` where an operator has blocks; ``outs`` are consecutive pieces along axis 1."""
     if x.numel() == 0:
         return
@@ -30,11 +30,11 @@ def mix(x: Tensor, rows: Operator | None, columns: Operator | None, outs: Sequen
     if x.dim() > 3:
         x, outs = x.flatten(2), [out.view(*out.shape[:2], -1) for out in outs]
     if columns is not None and columns.size != x.shape[1]:
-        _mix_grouped(x.to(work), rows, columns, outs)
+        _grouped(x.to(work), rows, columns, outs)
     elif rows is None or not rows.blocks:
-        _mix_columns(x, rows, columns, outs)
+        _by_rows(x, rows, columns, outs)
     else:
-        _mix_rows(x, rows, columns, outs)
+        _by_row_blocks(x, rows, columns, outs)
 
 
 class _Scratch:
@@ -57,7 +57,7 @@ class _Scratch:
         return self.next(*shape).copy_(source.index_select(axis, index))
 
 
-def _mix_rows(x: Tensor, rows: Operator, columns: Operator | None, outs: Sequence[Tensor]) -> None:
+def _by_row_blocks(x: Tensor, rows: Operator, columns: Operator | None, outs: Sequence[Tensor]) -> None:
     work, size = work_dtype(x), x[0].numel()
     write = inverse_index(rows.gathers[-1].index).numpy()
     for number, (gather, blocks) in enumerate(zip(rows.gathers, rows.blocks, strict=False)):
@@ -77,8 +77,8 @@ def _mix_rows(x: Tensor, rows: Operator, columns: Operator | None, outs: Sequenc
             x, columns = between, None
 
 
-def _mix_columns(x: Tensor, rows: Operator | None, columns: Operator | None, outs: Sequence[Tensor]) -> None:
-    """`mix` where ``rows`` only moves and scales."""
+def _by_rows(x: Tensor, rows: Operator | None, columns: Operator | None, outs: Sequence[Tensor]) -> None:
+    """`block_sandwich` where ``rows`` only moves and scales."""
     gather = None if rows is None else rows.gathers[0]
     step = max(1, _CHUNK // x[0].numel())
     scratch = _Scratch(x[:step].numel(), work_dtype(x))
@@ -98,17 +98,17 @@ def _mix_columns(x: Tensor, rows: Operator | None, columns: Operator | None, out
             out[chunk].copy_(piece)
 
 
-def _mix_grouped(x: Tensor, rows: Operator | None, columns: Operator, outs: Sequence[Tensor]) -> None:
-    """`mix` for a grouped convolution's weight: the columns of a row are those of its own group."""
+def _grouped(x: Tensor, rows: Operator | None, columns: Operator, outs: Sequence[Tensor]) -> None:
+    """`block_sandwich` for a grouped convolution's weight: the columns of a row are those of its own group."""
     width = x.shape[1]
     groups = columns.size // width
     # Channels of one group come from one group, so applied to identities stacked, the operator shows its square parts.
     squares = torch.empty(groups, width, width, dtype=x.dtype)
-    mix(torch.eye(width, dtype=x.dtype).repeat(groups, 1), columns, None, [squares.view(-1, width)])
+    block_sandwich(torch.eye(width, dtype=x.dtype).repeat(groups, 1), columns, None, [squares.view(-1, width)])
     mixed = x
     if rows is not None:
         mixed = torch.empty_like(x, memory_format=torch.contiguous_format)
-        mix(x, rows, None, [mixed])
+        block_sandwich(x, rows, None, [mixed])
     mixed = torch.einsum("gcd,gods->gocs", squares, mixed.unflatten(0, (groups, -1))).flatten(0, 1)
     for out, piece in zip(outs, _pieces(mixed, outs), strict=True):
         out.copy_(piece)
