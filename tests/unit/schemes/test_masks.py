@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -88,8 +90,9 @@ def test_the_two_sides_may_be_of_different_kinds(rows, columns, left_kind, right
 
 @pytest.mark.parametrize("rounds", [1, 2])
 @pytest.mark.parametrize(("sides", "spatial"), [("both", ()), ("rows", ()), ("columns", ()), ("both", (30,))])
-def test_tensors_of_many_chunks(rounds, sides, spatial):
-    rows, columns = 1000 // (4 if spatial else 1), 500 // (4 if spatial else 1)
+def test_tensors_of_many_chunks(rounds, sides, spatial, monkeypatch):
+    rows, columns, rows_at_a_time = 300, 110, 100
+    monkeypatch.setattr("tempo.schemes.block_sandwich._CHUNK", rows_at_a_time * columns * prod(spatial))
     left, right = (
         draw_blocks(KeySchedule().fresh(1, "test").stream("mask"), size, 32, rounds, 1.0).operator(Form.PLAIN)
         if sides in (side, "both")
@@ -97,7 +100,7 @@ def test_tensors_of_many_chunks(rounds, sides, spatial):
         for side, size in (("rows", rows), ("columns", columns))
     )
     x = torch.randn(rows, columns, *spatial, dtype=DOUBLE)
-    pieces = [torch.empty(rows, size, *spatial, dtype=DOUBLE) for size in (columns - 90, 90)]
+    pieces = [torch.empty(rows, size, *spatial, dtype=DOUBLE) for size in (columns - 30, 30)]
     block_sandwich(x, left, right, pieces)
     half = torch.einsum("ir,rc...->ic...", dense(left, rows), x)
     expected = torch.einsum("jc,ic...->ij...", dense(right, columns), half)
