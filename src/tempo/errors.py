@@ -78,6 +78,10 @@ class CheckpointError(TempoError):
     """A checkpoint is missing, damaged, of another model, or could not be written."""
 
 
+class AuditError(TempoError):
+    """A transcript, truth or report is missing, damaged, or of another version. Names the file."""
+
+
 class DataError(TempoError):
     """A data source is unknown, missing or malformed. Says what to put where."""
 

@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "predict": "Classify images with a checkpoint, through workers.",
     "worker": "Serve products to trusted processes; runs on the untrusted machine.",
     "keygen": "Make a key pair for connections to other machines.",
+    "audit": "Attack what workers recorded, and report what they learned.",
     "doctor": "Check that workers are reachable, and what gain to expect.",
     "bench": "Measure protected against plain training on this machine.",
 }

@@ -100,6 +100,8 @@ class Engine:
             for futures in self.abandoned.popleft().values():
                 for worker, future in futures.items():
                     future.add_done_callback(partial(self._release_unread, worker))
+        if self.truth is not None:
+            self.truth.named(product.number, product.name)
         return Batch(self, product.name, product.number)
 
     def _release_unread(self, worker: int, future: Future[Any]) -> None:

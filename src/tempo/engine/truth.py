@@ -18,7 +18,8 @@ class TruthRecorder:
     """Writes ``DIR/{session}/worker{n}/{step:06d}-{sequence:08d}-{layer:04d}-{operation}.safetensors``.
 
     The names are those of the worker's transcript of the same message. Files hold the plain ``x``, ``w``, ``y``,
-    ``g``, ``dx`` and the masks (``l_permutation``, ``l_scale``, ... ``a_...``, ``p_...``).
+    ``g``, ``dx`` and the masks (``l_permutation``, ``l_scale``, ... ``a_...``, ``p_...``). ``names.json`` says which
+    layer each number stands for.
     """
 
     def __init__(self, folder: str, session: str, scheme: str) -> None:
@@ -26,6 +27,13 @@ class TruthRecorder:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         manifest = {"version": VERSION, "session": session, "scheme": scheme}
         (self._folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        self._names: dict[int, str] = {}
+
+    def named(self, layer: int, name: str) -> None:
+        """Note the name behind a layer's number."""
+        if self._names.get(layer) != name:
+            self._names[layer] = name
+            (self._folder / "names.json").write_text(json.dumps(self._names, indent=2) + "\n")
 
     def record(self, posted: Posted, operation: str, tensors: dict[str, Tensor]) -> None:
         """Write one message's plain tensors and masks."""

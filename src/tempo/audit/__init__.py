@@ -1,0 +1,7 @@
+"""The audit: what a scheme leaks to a worker that records everything, measured by attacks.
+
+    transcript (what workers saw) -> attacks, by what the attacker knows -> figures -> report
+
+`attack` states the contract of an attack; `attacks/` holds one small file for each, and its registry. Attacks never see
+the truth: it is handed to their scoring only.
+"""

@@ -1,0 +1,26 @@
+"""Attacks: one small file and one line here for each."""
+
+from __future__ import annotations
+
+from tempo.audit.attack import Attack
+from tempo.audit.attacks.cross_layer import CrossLayer
+from tempo.audit.attacks.directions import Directions
+from tempo.audit.attacks.gram import Gram
+from tempo.audit.attacks.linking import Linking
+from tempo.audit.attacks.signatures import Signatures
+from tempo.audit.attacks.span import Span
+from tempo.audit.attacks.spatial_ica import SpatialICA
+from tempo.audit.attacks.zero_rows import ZeroRows
+
+_ATTACKS: tuple[type[Attack], ...] = (
+    Gram,  # keep one line each
+    CrossLayer,
+    ZeroRows,
+    SpatialICA,
+    Span,
+    Signatures,
+    Linking,
+    Directions,
+)
+
+REGISTRY: dict[str, type[Attack]] = {attack.name: attack for attack in _ATTACKS}

@@ -1,0 +1,147 @@
+"""Spatial ICA: a convolution's masked maps are mixtures of images and channels, the same at every pixel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tempo.audit import lab
+from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome, Panel
+from tempo.audit.images import correlations, fitted, png, stretched
+from tempo.audit.knowledge import Knowledge
+from tempo.audit.toys import dead_leaves
+from tempo.audit.transcript import Call, View
+from tempo.audit.truth import Truth
+from tempo.audit.unmixing import fast_ica
+from tempo.audit.weak import Uncovered
+
+SOURCES: dict[Effort, int] = {"quick": 192, "full": 1024}
+CALLS: dict[Effort, int] = {"quick": 2, "full": 16}
+
+
+@dataclass(frozen=True)
+class Unmixed:
+    """Maps that ICA made of one call's: k×H×W."""
+
+    call: Call
+    maps: Tensor
+
+
+class SpatialICA(Attack):
+    """Separates images (and channels) of a batch by the statistics of their edges."""
+
+    name = "spatial_ica"
+    tries = (
+        "Takes the maps of a masked convolution input for mixtures of the batch's images and channels, the same at "
+        "every pixel, separates them by independent component analysis of differences between neighbouring pixels, "
+        "and looks at the pictures."
+    )
+
+    def recover(self, view: View, knowledge: Knowledge, effort: Effort) -> list[Unmixed]:
+        """From the convolutions with the fewest maps for their pixels."""
+        calls = spatial(view, SOURCES[effort])
+        return [Unmixed(call, unmix(call.x)) for call in calls[: CALLS[effort]]]
+
+    def score(self, recovered: list[Unmixed], view: View, truth: Truth) -> Outcome:
+        """Share of images of which one channel is recovered."""
+        best, before, panels = 0.0, 0.0, []
+        for unmixed in recovered:
+            plain = truth.of(unmixed.call)["x"].double()
+            share, match = recognised(plain, unmixed.maps)
+            seen = unmixed.call.x.double().flatten(0, 1)
+            before = max(before, recognised(plain, seen)[0])
+            if share >= best:
+                best = share
+                panels = [_panel(plain, unmixed.maps, seen, match, truth.name(unmixed.call.layer))]
+        return Outcome(
+            figures=[
+                Figure(
+                    name="images recovered",
+                    value=best,
+                    leaks=0.1,
+                    chance=0.0,
+                    ceiling=1.0,
+                    meaning="share of a batch's inputs of which a channel comes out with |correlation| > 0.9",
+                ),
+                Figure(
+                    name="images recognisable without unmixing",
+                    value=before,
+                    leaks=0.1,
+                    chance=0.0,
+                    ceiling=1.0,
+                    meaning="the same of the maps as the worker gets them",
+                ),
+            ],
+            panels=panels,
+        )
+
+    def control(self) -> Control:
+        """Sixteen raw images, all mixed with all."""
+        recorded = raw_images(16, 40)
+        evidence = Evidence(recorded.views[0], Knowledge(), recorded.truth())
+        return Control(evidence, "images recovered", 1.0, "red-team: batch 16, dense mixing: all")
+
+
+def spatial(view: View, most: int) -> list[Call]:
+    """Calls whose maps are fewer than their pixels and at most ``most``; one for each product, clearest first.
+
+    Raises:
+        NotApplicable: There is none.
+    """
+    found = [view.of(layer)[0] for layer in view.layers]
+    found = [call for call in found if call.x.dim() >= 4 and _maps(call) < call.x[0, 0].numel() and _maps(call) <= most]
+    if not found:
+        raise NotApplicable(
+            f"no convolution with fewer maps (batch × channels) than pixels, and at most {most}: its maps would span "
+            "every picture, or are too many for this effort"
+        )
+    return sorted(found, key=lambda call: _maps(call) / call.x[0, 0].numel())
+
+
+def unmix(x: Tensor) -> Tensor:
+    """Independent components of N×C×H×W maps, as k×H×W maps.
+
+    FastICA of differences between neighbours: edges are sparse, and what is smooth is alike in all pictures.
+    """
+    maps = x.double().flatten(0, 1)
+    down, across = maps.diff(dim=-2).flatten(1), maps.diff(dim=-1).flatten(1)
+    matrix = fast_ica(torch.cat([down, across], 1).T)
+    return torch.einsum("sk,shw->khw", matrix, maps)
+
+
+def recognised(plain: Tensor, maps: Tensor) -> tuple[float, Tensor]:
+    """Share of N images of which one channel has |correlation| > 0.9 with a map; and the best map of each channel."""
+    images, channels = plain.shape[:2]
+    found = correlations(plain.flatten(0, 1), maps)
+    best = found.abs().amax(1).view(images, channels).amax(1)
+    return float((best > 0.9).double().mean()), found.abs().argmax(1).view(images, channels)
+
+
+def raw_images(count: int, size: int) -> lab.Lab:
+    """A session that convolved ``count`` grey pictures, each mixed with all others."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = nn.Conv2d(1, 1, 3).double()
+    with lab.open_lab(masks=Uncovered(1, count)) as opened:
+        lab.protect(opened.session, model, (), "secret")
+        model(dead_leaves(count, 1, size, generator).double() - 0.5)
+    return opened
+
+
+def _panel(plain: Tensor, maps: Tensor, seen: Tensor, match: Tensor, name: str) -> Panel:
+    chosen = range(min(8, len(plain)))
+    originals = stretched(plain[list(chosen)].mean(1, keepdim=True))
+    recovered = fitted(torch.stack([maps[match[i, 0]] for i in chosen]).unsqueeze(1), originals)
+    worker = stretched(seen[list(chosen)].unsqueeze(1))
+    rows = {"original": originals, "as the worker gets them": worker, "unmixed": recovered}
+    return Panel(
+        title=f"Maps of {name}, unmixed by spatial ICA",
+        rows={label: [png(image) for image in images] for label, images in rows.items()},
+        note="To each original, the unmixed map that correlates best, in the original's contrast.",
+    )
+
+
+def _maps(call: Call) -> int:
+    return call.x.shape[0] * call.x.shape[1]

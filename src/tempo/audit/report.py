@@ -1,0 +1,95 @@
+"""What an audit found, as JSON: the one source of the HTML page and of the threat matrix in the documentation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from tempo.audit.attack import Curve, Finding
+from tempo.errors import AuditError
+from tempo.settings import Settings
+
+VERSION = 1
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One transcript under attack."""
+
+    title: str
+    """What was trained, in a few words."""
+
+    scheme: str
+    settings: dict[str, str]
+    """Settings of the session that differ from the defaults."""
+
+    base: Literal["secret", "public", "unknown"]
+    """Whether training started from weights that the attacker may know."""
+
+    drift: float | None = None
+    """``‖W − W_base‖ / ‖W_base‖`` at the last step, over the layers that went out; None without a base."""
+
+    offloaded: float | None = None
+    """Share of the layers' forward FLOPs that went out. An audit of nothing finds nothing."""
+
+    facts: list[str]
+    """What the attacker knew: ``architecture``, ``base``, ``data``."""
+
+    findings: list[Finding]
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """Runs side by side, and curves that belong to none of them."""
+
+    runs: list[Run]
+    curves: list[Curve] = []
+    command: str = ""
+    effort: str = "quick"
+    machine: dict[str, str] = {}
+    seconds: float = 0.0
+    version: int = VERSION
+
+
+def write(report: Report, file: Path) -> None:
+    """Write ``report`` as JSON, indented, so that changes show line by line."""
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+
+
+def read(file: Path) -> Report:
+    """Read a report.
+
+    Raises:
+        AuditError: It is missing, damaged or of another version.
+    """
+    try:
+        report = msgspec.json.decode(file.read_bytes(), type=Report)
+    except OSError as error:
+        raise AuditError(f"{file}: {error.strerror}; make it with: tempo audit --json {file} ...") from None
+    except msgspec.DecodeError as error:
+        raise AuditError(f"{file} is not an audit's report: {error}") from None
+    if report.version != VERSION:
+        raise AuditError(f"{file} has version {report.version}; this version of Tempo reads {VERSION}")
+    return report
+
+
+def read_all(files: list[Path]) -> Report:
+    """Several reports as one; command, machine and effort are the first one's."""
+    reports = [read(file) for file in files]
+    first = reports[0]
+    return msgspec.structs.replace(
+        first,
+        runs=[run for report in reports for run in report.runs],
+        curves=[curve for report in reports for curve in report.curves],
+        seconds=sum(report.seconds for report in reports),
+    )
+
+
+def differing(settings: Settings) -> dict[str, str]:
+    """Fields of ``settings`` that are not at their defaults, as text; the scheme left out."""
+    defaults = Settings()
+    return {
+        name: str(getattr(settings, name))
+        for name in Settings.__struct_fields__
+        if name != "scheme" and getattr(settings, name) != getattr(defaults, name)
+    }

@@ -1,0 +1,230 @@
+"""Reads transcripts: everything that one worker received or returned, as calls of products in order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tempo.errors import AuditError
+from tempo.wire.messages import Linear, Product
+
+VERSION = 1
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of one safetensors file, read when they are asked for."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        try:
+            with safe_open(file, "pt") as opened:
+                self._names = list(opened.keys())
+                self.metadata: dict[str, str] = opened.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise AuditError(f"{file} cannot be read: {error}") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._file, "pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One message that a worker got, with its answer."""
+
+    step: int
+    sequence: int
+    layer: int
+    operation: str
+    worker: str
+    weight: int
+    operand: int
+    product: Product
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def place(self) -> tuple[int, int, int, str]:
+        """What names this message, in the transcript and in the truth."""
+        return self.step, self.sequence, self.layer, self.operation
+
+
+@dataclass
+class Call:
+    """One use of a product: the weight it used, what came in, what went out, and its backward pass if there was one.
+
+    All tensors are masked, as the worker has them: ``x`` T×d, ``w`` m×d, ``y`` T×m, ``g`` T×m, ``dx`` T×d, ``dw`` m×d;
+    of convolutions with spatial axes behind. One that was not part of the call is None.
+    """
+
+    stored: Record
+    forward: Record
+    backward: Record | None = None
+
+    @property
+    def step(self) -> int:
+        """Training step, counted by changes of weights."""
+        return self.forward.step
+
+    @property
+    def layer(self) -> int:
+        """The opaque number of the product."""
+        return self.forward.layer
+
+    @property
+    def sequence(self) -> int:
+        """Place in the order of sending."""
+        return self.forward.sequence
+
+    @property
+    def product(self) -> Product:
+        """What was computed."""
+        return self.forward.product
+
+    @property
+    def weight(self) -> int:
+        """Opaque number of the masked weight: calls that share it share ``A`` and ``P``."""
+        return self.forward.weight
+
+    @property
+    def w(self) -> Tensor:
+        """``w~``."""
+        return self.stored.tensors["w"]
+
+    @property
+    def x(self) -> Tensor:
+        """``x~``."""
+        return self.forward.tensors["x"]
+
+    @property
+    def y(self) -> Tensor | None:
+        """``y~``."""
+        return self.forward.tensors.get("y")
+
+    @property
+    def g(self) -> Tensor | None:
+        """``g~``."""
+        return self._back("g")
+
+    @property
+    def dx(self) -> Tensor | None:
+        """``dx~``."""
+        return self._back("dx")
+
+    @property
+    def dw(self) -> Tensor | None:
+        """``dw~``."""
+        return self._back("dw")
+
+    def _back(self, name: str) -> Tensor | None:
+        return None if self.backward is None else self.backward.tensors.get(name)
+
+
+@dataclass
+class View:
+    """All that one worker saw of a session."""
+
+    worker: str
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def layers(self) -> list[int]:
+        """The products' numbers, in the order of their first use."""
+        return list(dict.fromkeys(call.layer for call in self.calls))
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps seen, in order."""
+        return sorted({call.step for call in self.calls})
+
+    def of(self, layer: int) -> list[Call]:
+        """The calls of one product, in order."""
+        return [call for call in self.calls if call.layer == layer]
+
+    def at(self, step: int) -> list[Call]:
+        """The calls of one step, in order."""
+        return [call for call in self.calls if call.step == step]
+
+
+def assemble(records: Iterable[Record]) -> list[View]:
+    """Sort messages into calls: one view for each worker.
+
+    Raises:
+        AuditError: A message refers to a weight that is not there.
+    """
+    views: dict[str, View] = {}
+    weights: dict[tuple[str, int], Record] = {}
+    open_calls: dict[tuple[str, int], Call] = {}
+    for record in sorted(records, key=lambda r: r.sequence):
+        view = views.setdefault(record.worker, View(record.worker))
+        if record.operation == "store":
+            weights[record.worker, record.weight] = record
+        elif record.operation == "forward":
+            stored = weights.get((record.worker, record.weight))
+            if stored is None:
+                raise AuditError(f"message {record.sequence} uses weight {record.weight}, which was never stored")
+            call = Call(stored, record)
+            view.calls.append(call)
+            if record.operand:
+                open_calls[record.worker, record.operand] = call
+        elif record.operation == "backward" and (record.worker, record.operand) in open_calls:
+            open_calls[record.worker, record.operand].backward = record
+    return list(views.values())
+
+
+def read(folder: Path) -> list[View]:
+    """The views in the transcript of one session.
+
+    Args:
+        folder: A session's folder, or one that holds exactly one session.
+
+    Raises:
+        AuditError: There is no transcript, more than one, or a file is damaged.
+    """
+    folder = session_folder(folder)
+    return assemble(_record(file) for file in sorted(folder.glob("*-*.safetensors")))
+
+
+def session_folder(folder: Path) -> Path:
+    """The one folder with a ``manifest.json`` that ``folder`` is or holds."""
+    found = [folder] if (folder / "manifest.json").is_file() else [m.parent for m in folder.glob("*/manifest.json")]
+    if len(found) != 1:
+        names = ", ".join(sorted(path.name for path in found)) or "none"
+        raise AuditError(f"{folder}: expected the transcript of one session (a manifest.json), found {names}")
+    version = json.loads((found[0] / "manifest.json").read_text()).get("version")
+    if version != VERSION:
+        raise AuditError(f"{found[0]} has format {version!r}; this version reads {VERSION}")
+    return found[0]
+
+
+def place_of(file: Path) -> tuple[int, int, int, str]:
+    """Step, sequence, layer and operation, from a file's name."""
+    try:
+        step, sequence, layer, operation = file.stem.split("-")
+        return int(step), int(sequence), int(layer), operation
+    except ValueError:
+        raise AuditError(f"{file} is not named like a message: STEP-SEQUENCE-LAYER-OPERATION.safetensors") from None
+
+
+def _record(file: Path) -> Record:
+    tensors = Stored(file)
+    about = tensors.metadata
+    product: Product = Linear()
+    if "product" in about:
+        product = msgspec.json.decode(about["product"], type=Product)
+    weight, operand = int(about.get("weight", 0)), int(about.get("operand", 0))
+    return Record(*place_of(file), about.get("worker", ""), weight, operand, product, tensors)
