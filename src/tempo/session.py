@@ -159,7 +159,7 @@ class Session:
             ...     model(batch).sum().backward()
             >>> print(found)
         """
-        return TrustedProducts(model)
+        return TrustedProducts(model, self._engine.stats.running)
 
     def close(self) -> None:
         """Close the connections and stop local workers. Idempotent; protected models need a new session after it."""

@@ -39,6 +39,9 @@ STRENGTH = 1.0
 SPREAD = 1.5
 """Ratio of the largest to the least."""
 
+FLOOR = 0.1
+"""Least ρ, in units of the root mean square of all singular values."""
+
 STEPS = 6
 """Of the Lanczos process; each reads ``w`` twice."""
 
@@ -118,7 +121,9 @@ def _singular_values(stream: Keystream, w: Tensor, rank: int, strength: float) -
     leading = min(2 * rank / narrow, 0.5)
     # Descending, the share of the spectrum that each node stands for, less the leading part.
     bulk = (weights.flip(1).cumsum(1) - leading).clamp_min(0).minimum(weights.flip(1)).flip(1)
-    rms = ((bulk * nodes**2).sum(1) / bulk.sum(1)).sqrt().unsqueeze(1)
+    # Of a weight of low rank nothing is left then; a cloak as faint would not turn anything.
+    energies = (bulk * nodes**2).sum(1) / bulk.sum(1), FLOOR**2 * (weights * nodes**2).sum(1)
+    rms = torch.maximum(*energies).sqrt().unsqueeze(1)
     highest = strength * (narrow / wide) ** 0.25 * rms
     drawn: Tensor = highest * haar.uniforms(stream, len(w) * rank).view(len(w), rank).mul(-math.log(SPREAD)).exp()
     reached = weights > 1e-9

@@ -129,16 +129,16 @@ class WeightGradient:
 
 
 def _dead_in_parts(covers: Sequence[Cover], width: int) -> tuple[Tensor, Tensor]:
-    """Columns filled in some part: those dead in all parts, and the others. A part of zeros is dead throughout."""
-    somewhere = torch.zeros(width, dtype=torch.bool)
+    """Columns dead in all parts, and others that were filled in some. A part of zeros is dead throughout."""
+    filled = torch.zeros(width, dtype=torch.bool)
     everywhere = torch.ones(width, dtype=torch.bool)
     for found in covers:
         if not found.empty:
             here = torch.zeros(width, dtype=torch.bool)
             here[found.columns] = True
-            somewhere |= here
+            filled[found.filled_columns] = True
             everywhere &= here
-    return (somewhere & everywhere).nonzero().squeeze(1), (somewhere & ~everywhere).nonzero().squeeze(1)
+    return everywhere.nonzero().squeeze(1), (filled & ~everywhere).nonzero().squeeze(1)
 
 
 def _groups(product: Product) -> int:

@@ -56,6 +56,14 @@ class Cover:
     """What went into the dead rows, then the rows that were appended."""
 
     @property
+    def filled_columns(self) -> Tensor:
+        """Dead columns that were filled: all or none.
+
+        As many appended rows as live ones leave no column nearly dead, and in few rows zeros meet by chance.
+        """
+        return self.columns[:0] if self.real - len(self.rows) <= len(self.shield) else self.columns
+
+    @property
     def empty(self) -> bool:
         """Whether the operand was all zero."""
         return len(self.rows) == self.real
@@ -87,14 +95,14 @@ def cover(stream: Keystream, plain: Tensor, fillers: int = 0, shields: int = 0) 
     real, appended = len(plain), fillers + shields
     rows = dead_rows(plain)
     live = real - len(rows)
-    # As many appended rows as live ones leave no column nearly dead, and in few rows zeros meet by chance.
-    columns = _dead_columns(plain, rows) if live > appended else rows[:0]
+    columns = _dead_columns(plain, rows) if live else rows[:0]
     if not appended and not len(rows) and not len(columns):
         return plain, uncovered(plain)
-    scale = _rms(plain, live * (plain.shape[1] - len(columns)) / max(1, real * plain.shape[1]))
+    scale = _rms(plain, rows) * math.sqrt(plain.shape[1] / max(1, plain.shape[1] - len(columns)))
     covered = plain.new_empty(real + appended, *plain.shape[1:])
     covered[:real] = plain
-    _fill(stream, covered[:real], 1, columns, scale)
+    if live > appended:
+        _fill(stream, covered[:real], 1, columns, scale)
     last = torch.arange(real, real + appended)
     _fill(stream, covered, 0, torch.cat([rows, last[:fillers]]), scale)
     _fill(stream, covered, 0, last[fillers:], scale * SHIELD_ENERGY**0.5)
@@ -112,10 +120,7 @@ def dead_rows(x: Tensor) -> Tensor:
 
 def _dead_columns(x: Tensor, dead: Tensor) -> Tensor:
     """Features that are exactly zero in all rows; ``dead`` rows are known."""
-    alive = torch.ones(len(x), dtype=torch.bool)
-    alive[dead] = False
-    rows = alive.nonzero().squeeze(1)
-    few = x.index_select(0, rows[:: max(1, len(rows) // _SAMPLE)])
+    few = _live_rows(x, dead, _SAMPLE)
     candidates = (few == 0).transpose(0, 1).flatten(1).all(1).nonzero().squeeze(1)
     if not len(candidates):
         return candidates
@@ -123,13 +128,22 @@ def _dead_columns(x: Tensor, dead: Tensor) -> Tensor:
     return candidates[zero.transpose(0, 1).flatten(1).all(1)]
 
 
-def _rms(x: Tensor, share: float) -> float:
-    """Of the elements that are alive, ``share`` of all; divided by the largest first, lest squares underflow."""
-    peak = float(torch.linalg.vector_norm(x, torch.inf))
+def _rms(x: Tensor, dead: Tensor) -> float:
+    """Of some rows that are not dead; divided by the largest element first, lest squares underflow."""
+    few = _live_rows(x, dead, 4 * _SAMPLE)
+    peak = float(torch.linalg.vector_norm(few, torch.inf)) if len(few) else 0.0
     if not peak > 0:
         return FAINT
-    square = (x / peak).square_().mean(dtype=torch.promote_types(x.dtype, torch.float32))
-    return peak * math.sqrt(float(square) / share)
+    square = (few / peak).square_().mean(dtype=torch.promote_types(x.dtype, torch.float32))
+    return peak * math.sqrt(float(square))
+
+
+def _live_rows(x: Tensor, dead: Tensor, about: int) -> Tensor:
+    """Some rows, evenly spaced among those that are not dead."""
+    alive = torch.ones(len(x), dtype=torch.bool)
+    alive[dead] = False
+    rows = alive.nonzero().squeeze(1)
+    return x.index_select(0, rows[:: max(1, len(rows) // about)])
 
 
 def _fill(stream: Keystream, x: Tensor, axis: int, where: Tensor, scale: float) -> None:

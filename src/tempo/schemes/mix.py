@@ -14,7 +14,6 @@ class Mix(Mixing):
         protects="resists workers without the base checkpoint: before this code was written, blind attacks that "
         "worked at row blocks of 4 failed at 32; not audited yet, see docs/schemes/mix.md",
         public_base_preset="mix-tuned",
-        mask_seconds_per_element=7e-9,
         known_breaks={
             "public-base": "one round of mixing gives a fine-tuned change away to a worker that knows the base "
             "checkpoint (error of the recovered change 0.28 at blocks of 32; below 1 it leaks), and more steps make "

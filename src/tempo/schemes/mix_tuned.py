@@ -16,7 +16,6 @@ class MixTuned(Mixing):
         operators=2,
         fresh_every_call=True,
         public_base_preset="mix-tuned",
-        mask_seconds_per_element=14e-9,
         known_breaks={
             "public-base": "whoever knows both the base checkpoint and the distribution of the data learns something "
             "of a fine-tuned change under any single-worker mask (docs/schemes/mix.md)",

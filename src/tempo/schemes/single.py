@@ -109,7 +109,7 @@ class MaskedWeight(EncodedWeight):
             x_masked = empty(target.worker, tuple(covered.shape), self.problem.wire_dtype)
             masks.encode("x", covered, x_masked)
             real = covered[: cover.real]
-            shares = shares_of_output(product, real, cover.columns, w)
+            shares = shares_of_output(product, real, cover.filled_columns, w)
             seen = None if self.cloak is None else self.cloak.seen_by_input(real)
             masked.parts[target.worker] = Part(rows, masks, cover, shares, seen)
             masked.operands.append(Operand(target.worker, {"x": x_masked}, rows))
@@ -193,7 +193,7 @@ class MaskedInput(EncodedInput):
             masked.operands.append(Operand(worker, {"g": g_masked}, part.rows))
             real = covered[: cover.real]
             seen = None if weight.cloak is None else weight.cloak.seen_by_gradient(real)
-            shares = shares_of_input_gradient(product, real, cover.columns, w)
+            shares = shares_of_input_gradient(product, real, cover.filled_columns, w)
             masked.parts[worker] = Part(part.rows, part.masks, cover, shares, seen)
             if want_dw:
                 masked.extra.add(part.cover, cover, covered, partial(_rows, x, part.rows))
