@@ -56,6 +56,7 @@ def test_whoever_knows_more_can_do_what_one_who_knows_less_can():
     assert verdicts == ["resisted", "resisted", "resisted", "broken", "broken"]
     both = standing([audited], BASE_DATA)
     assert (both.since, both.own, both.tried) == (BASE, BASE, 3)
+    assert [standing([audited], level).inherited for level in LEVELS] == [False, True, True, False, True]
 
 
 def test_the_furthest_attack_is_shown_by_its_place_between_chance_and_clear():
