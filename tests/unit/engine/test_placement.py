@@ -70,6 +70,9 @@ def test_an_unchanged_weight_need_not_be_sent_again():
     # One row against a big weight: in training the weight travels every step, in evaluation it is there already.
     assert not decide(planner(GPU), 64, 4096, 4096, training=True)[0]
     assert decide(planner(GPU), 64, 4096, 4096, training=False)[0]
+    assert decide(planner(GPU), 64, 4096, 4096, training=False, scheme=MIX)[0]
+    # Unless its masks are fresh at every call.
+    assert not decide(planner(GPU), 64, 4096, 4096, training=False, scheme=MIX_TUNED)[0]
 
 
 @given(st.integers(6, 14), st.integers(6, 12), st.booleans())
@@ -80,8 +83,9 @@ def test_more_rows_never_bring_a_product_home(log_rows, log_width, training):
 
 
 def test_a_dearer_mask_keeps_what_a_cheaper_one_sends():
+    plan = planner(GPU)
     sent = [
-        {width for width in range(32, 2048, 32) if decide(planner(GPU), 4096, width, width, scheme=scheme)[0]}
+        {width for width in range(32, 2048, 32) if decide(plan, 4096, width, width, scheme=scheme)[0]}
         for scheme in (TEMPO, MIX, MIX_TUNED)
     ]
     assert sent[0] > sent[1] > sent[2] > set()
@@ -89,10 +93,11 @@ def test_a_dearer_mask_keeps_what_a_cheaper_one_sends():
 
 def test_shield_rows_are_not_free():
     # Without them 8 rows of evaluation would pay; `mix` masks 32, and decodes as many.
-    costs = [planner(GPU).estimate(MIX, (n, 512), (512, 512), 2 * n * 512 * 512, torch.float32, False) for n in (8, 32)]
+    plan = planner(GPU)
+    costs = [plan.estimate(MIX, (n, 512), (512, 512), 2 * n * 512 * 512, torch.float32, False) for n in (8, 32)]
     assert costs[0].mask == pytest.approx(costs[1].mask)
     assert costs[0].saved < costs[1].saved
-    training = planner(GPU).estimate(MIX, (8, 512), (512, 512), 2 * 8 * 512 * 512, torch.float32, True)
+    training = plan.estimate(MIX, (8, 512), (512, 512), 2 * 8 * 512 * 512, torch.float32, True)
     assert training.mask > 2 * 24 * 512 * 512 / 1e11  # besides, their share of the weight gradient is computed here
 
 
