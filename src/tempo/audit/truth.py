@@ -18,6 +18,7 @@ from tempo.audit.transcript import Call, Stored, place_of, session_folder
 from tempo.errors import AuditError
 from tempo.schemes.masks import IDENTITY, Form, Mask
 from tempo.schemes.operators import Blocks, Gather
+from tempo.schemes.sandwich import sandwich
 
 Which = Literal["L", "A", "P"]
 
@@ -60,7 +61,9 @@ class CallTruth:
         operator = mask.operator(Form.PLAIN)
         if operator is None:
             return torch.eye(self._size(which), dtype=torch.float64)
-        return operator.apply(torch.eye(operator.size, dtype=torch.float64), 0)
+        matrix = torch.empty(operator.size, operator.size, dtype=torch.float64)
+        sandwich(torch.eye(operator.size, dtype=torch.float64), operator, None, matrix)
+        return matrix
 
     def _size(self, which: Which) -> int:
         return int({"L": self["x"].shape[0], "A": self["x"].shape[1], "P": self["w"].shape[0]}[which])

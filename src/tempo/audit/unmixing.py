@@ -12,6 +12,7 @@ from tempo.audit.attack import Effort, Figure, NotApplicable, Outcome
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import CallTruth, Truth
 from tempo.schemes.masks import Form
+from tempo.schemes.sandwich import sandwich
 
 ROWS: dict[Effort, int] = {"quick": 1 << 13, "full": 1 << 17}
 WIDTH: dict[Effort, int] = {"quick": 128, "full": 1024}
@@ -66,10 +67,9 @@ def flat(x: Tensor) -> Tensor:
 def features_masked(known: CallTruth) -> Tensor:
     """``X A^-1``: the plain input under the mask of features alone, in float64."""
     x = known["x"].double()
-    operator = known.mask("A").operator(Form.DUAL)
-    if operator is None:
-        return x
-    return operator.to(torch.float64).apply(x.flatten(2) if x.dim() > 2 else x, 1).view(x.shape)
+    masked = torch.empty(x.shape, dtype=torch.float64)
+    sandwich(x, None, known.mask("A").operator(Form.DUAL), masked)
+    return masked
 
 
 def separation(recovered: Sequence[Unmixing], truth: Truth, what: str) -> Outcome:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -63,11 +63,15 @@ class _ProductMode(TorchDispatchMode):
 class TrustedProducts:
     """A context that records products as PyTorch dispatches them; workers' products never get that far.
 
+    Products that masks consist of are none of the model's, and not recorded.
+
     Printing it gives a table by module and operation. Backward passes are attributed to the module whose forward
     they belong to.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, timed: Sequence[str] = ()) -> None:
+        """``timed`` is what `Stats` times at the moment, where a session protects ``model``."""
+        self._timed = timed
         self._mode = _ProductMode(self._record)
         self._names = {module: name or type(model).__name__ for name, module in model.named_modules()}
         self._running = [type(model).__name__]
@@ -105,6 +109,8 @@ class TrustedProducts:
             self._running.pop()
 
     def _record(self, operation: str, flops: int) -> None:
+        if "mask" in self._timed:
+            return
         module = self._running[-1]
         node = torch._C._current_autograd_node()
         if node is None or torch.is_grad_enabled():  # forward, or forward again: in a recomputation

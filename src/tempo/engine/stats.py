@@ -31,13 +31,18 @@ class Stats:
     """Wall time of the trusted process spent masking and unmasking; waiting, split by the workers' own account of
     their compute time into ``worker`` and the rest, ``wire``."""
 
+    running: list[str] = field(default_factory=list, compare=False, repr=False)
+    """What is being timed at this moment, innermost last."""
+
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
         """Add the time spent inside to ``seconds[what]``."""
         start = time.perf_counter()
+        self.running.append(what)
         try:
             yield
         finally:
+            self.running.pop()
             self.seconds[what] += time.perf_counter() - start
 
     def copy(self) -> Stats:

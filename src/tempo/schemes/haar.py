@@ -12,29 +12,45 @@ from tempo.keys import Keystream
 
 
 def uniforms(stream: Keystream, count: int) -> Tensor:
-    """``count`` float64 numbers, uniform on the multiples of 2^-53 in (0, 1]; never zero, so their logarithm exists."""
-    draws = stream.read(8 * count).view(np.uint64) >> np.uint64(11)
-    return torch.from_numpy((draws.astype(np.float64) + 1) * 2.0**-53)
+    """``count`` float64 numbers, uniform on the odd multiples of 2^-52 in (0, 1): no logarithm is 0 or infinite."""
+    draws = stream.read(8 * count).view(np.uint64)
+    # 51 random bits and a one, after the sign and exponent of 1, are a number in (1, 2).
+    draws >>= np.uint64(12)
+    draws |= np.uint64(0x3FF << 52 | 1)
+    numbers = draws.view(np.float64)
+    np.subtract(2.0, numbers, out=numbers)
+    return torch.from_numpy(numbers)
 
 
 def gaussians(stream: Keystream, count: int) -> Tensor:
     """``count`` independent standard normal numbers in float64, by Box and Muller."""
     half = (count + 1) // 2
-    u = uniforms(stream, 2 * half)
-    radius = u[:half].log().mul(-2).sqrt()
-    angle = u[half:] * (2 * math.pi)
-    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count]
+    numbers = uniforms(stream, 2 * half)
+    radius, angle = numbers[:half], numbers[half:]
+    radius.log_().mul_(-2).sqrt_()
+    angle.mul_(2 * math.pi)
+    sine = angle.sin()
+    angle.cos_().mul_(radius)
+    radius.mul_(sine)
+    return numbers[:count]
 
 
 def orthogonal(stream: Keystream, count: int, side: int) -> Tensor:
     """``count`` matrices, Haar distributed on O(side).
 
-    QR of a Gaussian matrix alone is not Haar: its Q depends on how signs are chosen. Making the diagonal of R
-    positive makes the factorisation unique, and Q uniform (Mezzadri, arXiv math-ph/0609050).
+    What QR of Gaussian matrices gives where the diagonal of R is made positive, which makes it unique and Q uniform
+    (Mezzadri, arXiv math-ph/0609050). Nothing is factorised for it: reflections keep what they have not yet reduced
+    Gaussian and independent, so each vector that QR would reduce is drawn instead (Stewart, SIAM J. Numer. Anal. 17,
+    1980).
     """
-    q: Tensor
-    q, r = torch.linalg.qr(gaussians(stream, count * side * side).view(count, side, side))
-    return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
+    # Row k: zeros, then the vector that reflection k turns into a multiple of its first unit vector.
+    x = gaussians(stream, count * side * side).view(count, side, side).triu_()
+    first = x.diagonal(dim1=1, dim2=2).clone()
+    sign = torch.where(first < 0, -1.0, 1.0).to(first.dtype)
+    norm = torch.linalg.vector_norm(x, dim=2)
+    x /= (first + sign * norm).unsqueeze(2)
+    q: Tensor = torch.linalg.householder_product(x.mT, 1 + first.abs() / norm)
+    return q.mul_(-sign.unsqueeze(1))  # the diagonal of R would be -sign * norm
 
 
 def blocks(stream: Keystream, count: int, side: int, condition: float) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tempo.keys import Keystream
 from tempo.schemes import haar
+from tempo.schemes.block_sandwich import block_sandwich
 from tempo.schemes.operators import Blocks, Gather, Operator, inverse_index
 from tempo.schemes.sandwich import sandwich
 
@@ -199,11 +200,15 @@ class Masks:
             sandwich(masked, rows, columns, outs[0])
             return
         axis = 1 if role == "y" else 0
-        if any(operator is not None and operator.blocks for operator in (rows, columns)):
-            # Blocks span the pieces: unmask the whole once.
+        # Blocks span the pieces: the whole is unmasked once, chunk by chunk straight into the pieces of its rows.
+        blocks = any(operator is not None and operator.blocks for operator in (rows, columns))
+        if blocks and axis == 1:
+            block_sandwich(masked, rows, columns, outs)
+            return
+        if blocks:
             whole = torch.empty(masked.shape, dtype=outs[0].dtype)
             sandwich(masked, rows, columns, whole)
-            for out, piece in zip(outs, whole.split([out.shape[axis] for out in outs], axis), strict=True):
+            for out, piece in zip(outs, whole.split([len(out) for out in outs]), strict=True):
                 out.copy_(piece)
             return
         start = 0

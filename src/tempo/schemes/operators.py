@@ -15,11 +15,6 @@ class Gather:
     index: Tensor
     scale: Tensor | None = None
 
-    def apply(self, x: Tensor, axis: int) -> Tensor:
-        """Along ``axis``."""
-        x = x.index_select(axis, self.index)
-        return x if self.scale is None else x * self.scale.view(-1, *[1] * (x.dim() - 1 - axis))
-
 
 @dataclass(frozen=True)
 class Blocks:
@@ -27,30 +22,21 @@ class Blocks:
 
     batches: tuple[Tensor, ...]
 
-    def apply(self, x: Tensor, axis: int) -> Tensor:
-        """Along ``axis``, 0 or 1, of a tensor with two or three axes."""
-        out = torch.empty(x.shape, dtype=x.dtype)
-        start = 0
-        for blocks in self.batches:
-            count, side = blocks.shape[:2]
-            part = slice(start, start + count * side)
-            start = part.stop
-            if axis == 0:
-                torch.bmm(blocks, x[part].reshape(count, side, -1), out=out[part].view(count, side, -1))
-            elif x.dim() == 2:
-                source, target = (t[:, part].unflatten(1, (count, side)).transpose(0, 1) for t in (x, out))
-                torch.bmm(source, blocks.mT, out=target)
-            else:
-                out[:, part] = torch.matmul(blocks, x[:, part].unflatten(1, (count, side))).flatten(1, 2)
-        return out
-
 
 @dataclass(frozen=True)
 class Operator:
-    """``gathers[0]``, then ``blocks[0]``, ``gathers[1]``, and so on; there is one gather more than blocks."""
+    """``gathers[0]``, then ``blocks[0]``, ``gathers[1]``, and so on; there is one gather more than blocks.
+
+    Raises:
+        ValueError: A gather beside blocks has scales: nothing draws such a mask, and nothing applies it.
+    """
 
     gathers: tuple[Gather, ...]
     blocks: tuple[Blocks, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.blocks and any(gather.scale is not None for gather in self.gathers):
+            raise ValueError("an operator has scales or blocks, not both")
 
     @property
     def size(self) -> int:
@@ -64,16 +50,14 @@ class Operator:
             tuple(Blocks(tuple(batch.to(dtype) for batch in blocks.batches)) for blocks in self.blocks),
         )
 
-    def apply(self, x: Tensor, axis: int) -> Tensor:
-        """Along ``axis``, 0 or 1; ``x`` is of the operator's dtype."""
-        x = self.gathers[0].apply(x, axis)
-        for blocks, gather in zip(self.blocks, self.gathers[1:], strict=True):
-            x = gather.apply(blocks.apply(x, axis), axis)
-        return x
-
 
 def inverse_index(index: Tensor) -> Tensor:
     """The permutation that undoes ``index``."""
     back = torch.empty_like(index)
     back[index.long()] = torch.arange(len(index), dtype=index.dtype)
     return back
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """What operators are applied in: at least float32, so that results are rounded once, into the target's dtype."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -63,6 +63,15 @@ def test_only_attention_products_of_a_vit_stay_trusted_and_the_two_places_add_up
     assert f"{found.total / 1e6:,.3f}" in str(found)
 
 
+def test_products_that_masks_consist_of_are_none_of_the_models(connect):
+    session = connect(scheme="mix")
+    model = session.protect(nn.Sequential(nn.Linear(40, 50), nn.ReLU(), nn.Linear(50, 40)))
+    with session.trusted_products(model) as found:
+        model(torch.randn(70, 40)).square().sum().backward()
+    assert session.stats().flops_offloaded > 0
+    assert found.total == 0, found.flops
+
+
 def test_fused_attention_is_counted_too(connect):
     session = connect()
     model = session.protect(vit("sdpa"))

@@ -50,6 +50,18 @@ def test_traces_and_determinants_are_those_of_haar_matrices():
         assert abs(float(values.mean()) - expected) < 6 * float(values.std()) / count**0.5
 
 
+def test_entries_are_tied_to_each_other_as_those_of_haar_matrices():
+    # Weingarten's formulas for a 2×2 minor: independent entries, or a bias towards any direction, would break these.
+    count, side = 20_000, 6
+    q = haar.orthogonal(stream("minors"), count, side)
+    scale = side * (side - 1) * (side + 2)
+    for i, j in ((0, 1), (0, side - 1), (side - 2, side - 1)):
+        squares = q[:, i, i] ** 2 * q[:, j, j] ** 2
+        cycle = q[:, i, i] * q[:, j, j] * q[:, i, j] * q[:, j, i]
+        for values, expected in ((squares, (side + 1) / scale), (cycle, -1 / scale)):
+            assert abs(float(values.mean()) - expected) < 6 * float(values.std()) / count**0.5
+
+
 def test_eigenphases_repel_each_other_and_are_spread_evenly():
     count, side = 2000, 9
     q = haar.orthogonal(stream("phases"), count, side)

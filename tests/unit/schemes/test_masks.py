@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tempo.keys import KeySchedule
+from tempo.schemes.block_sandwich import block_sandwich
 from tempo.schemes.masks import IDENTITY, Form, Mask, Masks, draw, draw_blocks
 from tempo.schemes.operators import Operator
 from tempo.schemes.sandwich import sandwich
@@ -71,6 +74,37 @@ def test_both_sides_of_a_sandwich_are_the_matrices(rows, columns, kind, spatial,
         out = torch.empty_like(x)
         sandwich(x, row, column, out)
         assert relative(out, torch.einsum("ir,jc,rc...->ij...", dense(row, rows), dense(column, columns), x)) < 1e-13
+
+
+@UNHURRIED
+@given(SIZES, SIZES, KINDS, KINDS, st.sampled_from([(), (3,)]))
+def test_the_two_sides_may_be_of_different_kinds(rows, columns, left_kind, right_kind, spatial):
+    left, right = (
+        fresh(size, kind=kind).operator(Form.DUAL) for size, kind in ((rows, left_kind), (columns, right_kind))
+    )
+    x = torch.randn(rows, columns, *spatial, dtype=DOUBLE)
+    out = torch.empty_like(x)
+    sandwich(x, left, right, out)
+    assert relative(out, torch.einsum("ir,jc,rc...->ij...", dense(left, rows), dense(right, columns), x)) < 1e-13
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize(("sides", "spatial"), [("both", ()), ("rows", ()), ("columns", ()), ("both", (30,))])
+def test_tensors_of_many_chunks(rounds, sides, spatial, monkeypatch):
+    rows, columns, rows_at_a_time = 300, 110, 100
+    monkeypatch.setattr("tempo.schemes.block_sandwich._CHUNK", rows_at_a_time * columns * prod(spatial))
+    left, right = (
+        draw_blocks(KeySchedule().fresh(1, "test").stream("mask"), size, 32, rounds, 1.0).operator(Form.PLAIN)
+        if sides in (side, "both")
+        else None
+        for side, size in (("rows", rows), ("columns", columns))
+    )
+    x = torch.randn(rows, columns, *spatial, dtype=DOUBLE)
+    pieces = [torch.empty(rows, size, *spatial, dtype=DOUBLE) for size in (columns - 30, 30)]
+    block_sandwich(x, left, right, pieces)
+    half = torch.einsum("ir,rc...->ic...", dense(left, rows), x)
+    expected = torch.einsum("jc,ic...->ij...", dense(right, columns), half)
+    assert relative(torch.cat(pieces, 1), expected) < 1e-13
 
 
 @UNHURRIED
@@ -170,14 +204,19 @@ def test_empty_and_tiny_tensors(shape):
 
 
 @UNHURRIED
-@given(st.integers(1, 20), st.integers(1, 20))
-def test_values_are_rounded_once_into_the_wire_dtype(rows, columns):
-    masks = Masks(fresh(rows), fresh(columns))
+@given(st.integers(1, 20), st.integers(1, 20), KINDS)
+def test_values_are_rounded_once_into_the_wire_dtype(rows, columns, kind):
+    masks = Masks(fresh(rows, kind=kind), fresh(columns, kind=kind))
     x = torch.randn(rows, columns)
     wide, narrow = torch.empty(rows, columns), torch.empty(rows, columns, dtype=torch.bfloat16)
     masks.encode("x", x, wide)
     masks.encode("x", x, narrow)
     assert torch.equal(wide.to(torch.bfloat16), narrow)
+    # And the way back starts from the rounded values.
+    back, expected = torch.empty(rows, columns), torch.empty(rows, columns)
+    masks.decode("dx", narrow, back)
+    masks.decode("dx", narrow.float(), expected)
+    assert torch.equal(back, expected)
 
 
 def test_noncontiguous_inputs_give_the_same():
