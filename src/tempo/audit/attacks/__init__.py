@@ -11,6 +11,7 @@ from tempo.audit.attacks.gram import Gram
 from tempo.audit.attacks.ica import ICA
 from tempo.audit.attacks.linking import Linking
 from tempo.audit.attacks.nmf import NMF
+from tempo.audit.attacks.reconstruction import Reconstruction, ReconstructionBase
 from tempo.audit.attacks.signatures import Signatures
 from tempo.audit.attacks.singular_vectors import SingularVectors
 from tempo.audit.attacks.span import Span
@@ -32,6 +33,8 @@ _ATTACKS: tuple[type[Attack], ...] = (
     ICA,
     NMF,
     SingularVectors,
+    Reconstruction,
+    ReconstructionBase,
 )
 
 REGISTRY: dict[str, type[Attack]] = {attack.name: attack for attack in _ATTACKS}
