@@ -11,6 +11,7 @@ from tempo.audit.attacks.gram import Gram
 from tempo.audit.attacks.ica import ICA
 from tempo.audit.attacks.linking import Linking
 from tempo.audit.attacks.nmf import NMF
+from tempo.audit.attacks.procrustes import Procrustes
 from tempo.audit.attacks.reconstruction import Reconstruction, ReconstructionBase
 from tempo.audit.attacks.signatures import Signatures
 from tempo.audit.attacks.singular_vectors import SingularVectors
@@ -35,6 +36,7 @@ _ATTACKS: tuple[type[Attack], ...] = (
     SingularVectors,
     Reconstruction,
     ReconstructionBase,
+    Procrustes,
 )
 
 REGISTRY: dict[str, type[Attack]] = {attack.name: attack for attack in _ATTACKS}
