@@ -7,6 +7,7 @@ from tempo.audit.attacks.covariance import Covariance
 from tempo.audit.attacks.cross_layer import CrossLayer
 from tempo.audit.attacks.data_alignment import DataAlignment, DataAlignmentBase
 from tempo.audit.attacks.directions import Directions
+from tempo.audit.attacks.gradient_leakage import GradientLeakage
 from tempo.audit.attacks.gram import Gram
 from tempo.audit.attacks.ica import ICA
 from tempo.audit.attacks.linking import Linking
@@ -36,6 +37,7 @@ _ATTACKS: tuple[type[Attack], ...] = (
     SingularVectors,
     Reconstruction,
     ReconstructionBase,
+    GradientLeakage,
     Procrustes,
 )
 
