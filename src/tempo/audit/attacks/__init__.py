@@ -8,6 +8,7 @@ from tempo.audit.attacks.cross_layer import CrossLayer
 from tempo.audit.attacks.data_alignment import DataAlignment, DataAlignmentBase
 from tempo.audit.attacks.directions import Directions
 from tempo.audit.attacks.gradient_leakage import GradientLeakage
+from tempo.audit.attacks.gradients_joint import GradientsJoint
 from tempo.audit.attacks.gram import Gram
 from tempo.audit.attacks.ica import ICA
 from tempo.audit.attacks.linking import Linking
@@ -39,6 +40,7 @@ _ATTACKS: tuple[type[Attack], ...] = (
     ReconstructionBase,
     GradientLeakage,
     Procrustes,
+    GradientsJoint,
 )
 
 REGISTRY: dict[str, type[Attack]] = {attack.name: attack for attack in _ATTACKS}
