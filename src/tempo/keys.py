@@ -78,6 +78,10 @@ class Key:
         info = f"tempo/1/{self.label}/{use}".encode()
         return Keystream(HKDF(SHA256(), 32, salt=self._nonce, info=info).derive(self._secret))
 
+    def branch(self, name: str) -> Key:
+        """A key of its own for one part of what this one is for; the same name gives the same key."""
+        return Key(self._secret, self._nonce, f"{self.label}/{name}")
+
     def __repr__(self) -> str:
         return f"Key({self.label})"
 

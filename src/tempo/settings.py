@@ -16,14 +16,22 @@ Seconds = Annotated[float, Meta(gt=0, le=86400)]
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How a session protects, places and sends."""
 
-    scheme: str = "tempo"
+    scheme: str = "mix"
     """Name of the masking scheme; `tempo.schemes.names()` lists them."""
 
+    base: Literal["auto", "public", "secret"] = "auto"
+    """Whether workers may know nearly the weights that a model starts from. ``auto``: unless Tempo knows better, yes.
+    Where they may, scheme `mix` gives way to `mix-tuned`. In a recipe ``secret`` also makes them so."""
+
     placement: Literal["auto", "all"] = "auto"
-    """``auto`` offloads what pays; ``all`` offloads everything that can be, for tests, audits and comparisons."""
+    """``auto`` offloads what pays and is not too near inputs or labels; ``all`` everything that can be, for tests,
+    audits and comparisons."""
 
     trusted: tuple[str, ...] = ()
     """Modules to keep in the trusted process, as shell patterns of their names (``vit.embeddings.*``)."""
+
+    offload: tuple[str, ...] = ()
+    """Layers that ``auto`` may send in spite of what they see, the first or the last say; ``trusted`` wins."""
 
     wire_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What masked tensors travel as; ``auto`` follows the layer's compute dtype (float16 travels as float32)."""
@@ -35,16 +43,22 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """A weight's masks expire after serving this many rows, evaluation included."""
 
     mix_block: Annotated[int, Meta(ge=1)] = 32
-    """Scheme `mix`: features that one block mixes, at least; layers with fewer stay trusted."""
+    """Schemes `mix` and `mix-tuned`: features that one block mixes, at least; layers with fewer stay trusted."""
 
     mix_row_block: Annotated[int, Meta(ge=1)] = 32
-    """Scheme `mix`: rows that one block mixes, at least; random shield rows fill up where there are fewer."""
+    """Rows that one block mixes, at least; random shield rows fill up where there are fewer."""
 
-    mix_rounds: Annotated[int, Meta(ge=1, le=2)] = 1
-    """Scheme `mix`: how often each axis is mixed."""
+    mix_rounds: Annotated[int, Meta(ge=1, le=2)] | None = None
+    """How often each axis is mixed; none: once under `mix`, twice under `mix-tuned`."""
 
     mix_condition: Annotated[float, Meta(ge=1, le=16)] = 1.0
-    """Scheme `mix`: bound on a block's condition number; 1 for orthogonal blocks."""
+    """Bound on a block's condition number; 1 for orthogonal blocks."""
+
+    mix_cloak: Annotated[int, Meta(ge=0, le=1024)] | None = None
+    """Rank of the secret matrix added to each weight; none: 0 under `mix`, 16 under `mix-tuned`."""
+
+    mix_shield_rows: Annotated[int, Meta(ge=0, le=4096)] = 0
+    """Random rows of high energy to add to every part of the rows that a worker gets."""
 
     local_workers: Annotated[int, Meta(ge=1, le=64)] = 1
     """How many workers to start on this machine when no address is given."""
@@ -74,7 +88,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Speak to remote workers in clear: masks still hold, authenticity does not."""
 
     insecure_small_blocks: bool = False
-    """Allow `mix` blocks of features below 8 or of rows below 16, which are known to be undone."""
+    """Allow blocks, rounds and cloaks that `mix` or `mix-tuned` refuse, since smaller ones are known to be undone."""
 
     insecure_record_truth: str = ""
     """Folder for the plain operands and masks behind every message, to score audits."""

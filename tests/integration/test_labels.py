@@ -98,9 +98,10 @@ def ledger(monkeypatch: pytest.MonkeyPatch) -> Ledger:
             found.meets(role, "L", content(masks.L), plain)
 
     watch(KeySchedule, "fresh", found.label, before=False)
+    watch(Key, "branch", found.label, before=False)
     watch(SingleMaskScheme, "encode_weight", lambda _s, _p, w, key, *_: found.plaintext(key, w))
     watch(MaskedWeight, "encode_input", lambda _w, x, key, *_: found.plaintext(key, x))
-    watch(MaskedInput, "encode_gradient", lambda _x, g, key, *_: found.plaintext(key, g))
+    watch(MaskedInput, "encode_gradient", lambda _x, g, key, *_, **__: found.plaintext(key, g))
     watch(Masks, "encode", masks_meet)
     return found
 
@@ -279,6 +280,44 @@ def test_a_resumed_run_draws_keys_of_its_own(connect, ledger):
     run()
     assert len(ledger.met) == 2 * len(first)  # the same plaintexts, under no mask that was there before
     assert len({nonce for nonce, _ in ledger.labels}) == 2
+
+
+SMALL = {"mix_block": 2, "mix_row_block": 2, "insecure_small_blocks": True}
+MIXED = {"mix": SMALL, "mix-tuned": SMALL | {"mix_cloak": 1}}
+
+
+@pytest.mark.parametrize("operators", [1, 2])
+@pytest.mark.parametrize("scheme", MIXED)
+def test_covered_operands_never_meet_a_mask_twice(connect, ledger, scheme, operators):
+    session = connect(3, operators, scheme=scheme, **MIXED[scheme])
+    net = session.protect(model())
+    for seed in range(3):
+        x, seen = batch(seed, rows=30), torch.ones(30, 1)
+        x[5:8], x[:, 3], seen[-4:] = 0, 0, 0
+        (net(x) * seen).square().sum().backward()
+    fresh = scheme == "mix-tuned"
+    divided = fresh and operators == 2
+    parts = 3  # each worker's rows, or all rows to one operator and the same in two parts to the other
+    assert session.stats().encryptions == {"x": 3 * LAYERS, "w": (3 if fresh else 1) * LAYERS, "g": 3 * LAYERS}
+    assert ledger.masks["x:L"] == ledger.masks["g:L"] == 3 * parts * LAYERS
+    assert ledger.masks["w:pair"] == (3 if fresh else 1) * (2 if divided else 1) * LAYERS
+
+
+@pytest.mark.parametrize("operators", [1, 2])
+@pytest.mark.parametrize("scheme", MIXED)
+def test_live_rows_sent_again_meet_masks_of_their_own(connect, ledger, scheme, operators):
+    session = connect(2, operators, scheme=scheme, **MIXED[scheme])
+    net = session.protect(model())
+    for seed in range(2):  # twice through one graph: each time the live rows go out, and the whole gradient at last
+        y = net(batch(seed, rows=60))
+        y[:3].square().sum().backward(retain_graph=True)
+        y[:5].square().sum().backward(retain_graph=True)
+        y.square().sum().backward()
+    # Forward and two repetitions; the whole gradient is the first to meet the forward call's masks.
+    assert session.stats().encryptions["x"] == session.stats().encryptions["g"] == 3 * 2 * LAYERS
+    # Two workers' rows, or both operators' halves: two row masks for every encryption, none of them used again.
+    assert ledger.masks["x:L"] == 2 * session.stats().encryptions["x"]
+    assert ledger.masks["g:L"] == 2 * session.stats().encryptions["g"]
 
 
 def reciprocal(mask: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tempo.engine.product import Call, Product
+from tempo.engine.product import Product
 
 
 class _Pending:
@@ -90,7 +90,7 @@ class _Offload(torch.autograd.Function):
         if used and (needs_x or any(needs_w)):
             whole = [used[0].new_zeros(s) if g is None else g for g, s in zip(gradients, ctx.shapes, strict=True)]
             g = whole[0] if members == 1 else torch.cat(whole, 1)
-            dx, weight_gradients = _fresh_call(ctx).backward(g, want_dx=needs_x, want_dw=any(needs_w))
+            dx, weight_gradients = ctx.call.backward(g, partial(_saved, ctx), want_dx=needs_x, want_dw=any(needs_w))
             if weight_gradients is not None:
                 _hand_over(weight_gradients, ctx.pending)
         tokens = [
@@ -103,14 +103,11 @@ class _Offload(torch.autograd.Function):
         return None, None, None, dx, *tokens, *biases
 
 
-def _fresh_call(ctx: Any) -> Call:
-    """The forward call, or a repetition under fresh masks where a gradient has already been through it."""
-    call: Call = ctx.call
-    if call.differentiated:
-        x, *weights = ctx.saved_tensors
-        sources = [w.detach() for w in weights]
-        call = ctx.product.repeat(x.detach(), [w.to(x.dtype) for w in sources], sources)
-    return call
+def _saved(ctx: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The input, the weights in its dtype, and in their own; raises as PyTorch does where they were changed since."""
+    x, *weights = ctx.saved_tensors
+    sources = [w.detach() for w in weights]
+    return x.detach(), [w.to(x.dtype) for w in sources], sources
 
 
 def _hand_over(weight_gradients: Callable[[], list[Tensor]], pending: Sequence[_Pending | None]) -> None:

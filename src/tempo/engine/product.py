@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from tempo.engine.dtypes import WIRE_DTYPES
 from tempo.engine.geometry import flops, output_shape
 from tempo.errors import NonFiniteError
-from tempo.schemes.base import EncodedInput, EncodedWeight, Problem, Scheme, Target
+from tempo.schemes.base import EncodedInput, EncodedWeight, Operand, Problem, Scheme, Target
 from tempo.wire.messages import Backward, Forward, Store
 from tempo.wire.messages import Product as ProductKind
 
@@ -29,6 +30,7 @@ class StoredWeight:
         self.encoded = encoded
         self.dtype = dtype
         self.workers = [target.worker for target in targets]
+        self.shapes_w = {operand.worker: tuple(operand.tensors["w"].shape) for operand in encoded.operands}
         self.number = engine.new_number()
         self.rows_served = 0
         self._batch: Batch | None = engine.batch(product)
@@ -86,35 +88,68 @@ class Product:
             NonFiniteError: ``x`` or a weight holds NaN or infinity.
             WorkerError: A worker failed.
         """
-        engine = self.engine
-        engine.keys.check_process()
-        shape_w = (sum(len(w) for w in weights), *weights[0].shape[1:])
-        targets = engine.targets(self.number, x.shape[0], flops(self.kind, tuple(x.shape), shape_w))
-        stored = self._store(weights, sources, targets)
-        with engine.stats.timed("mask"):
-            self._check_finite(x, "input")
-            encoded = stored.encoded.encode_input(x, engine.keys.fresh(self.number, "x"), targets, engine.empty)
-        engine.stats.encryptions["x"] += 1
-        stored.rows_served += x.numel() // x.shape[1]  # of a convolution, every pixel is a row
-        call = Call(self, stored, encoded, weights, keep)
+        call = self._encode(x, weights, sources, keep=keep, again=False)
         try:
             return call.forward(x), call
         except BaseException:
             self._stored = None  # whether the worker holds it is not known
             raise
 
-    def repeat(self, x: Tensor, weights: Sequence[Tensor], sources: Sequence[Tensor]) -> Call:
-        """The same call under fresh masks, for another gradient."""
-        self._stored = None
-        return self.call(x, weights, sources, keep=True)[1]
+    def repeat(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        sources: Sequence[Tensor],
+        g: Tensor,
+        *,
+        want_dx: bool,
+        want_dw: bool,
+    ) -> Gradients:
+        """A call under fresh masks for a gradient alone: the same rows for another gradient, or some of them for this
+        one.
 
-    def _store(self, weights: Sequence[Tensor], sources: Sequence[Tensor], targets: Sequence[Target]) -> StoredWeight:
+        Fresh masks of features too: under the old ones, a worker could express the new rows by those that it had.
+        """
+        self._stored = None
+        try:
+            call = self._encode(x, weights, sources, keep=want_dw, again=True)
+            if want_dw:
+                call.resend(x)
+            return call.send(g, lambda: (x, list(weights), list(sources)), want_dx=want_dx, want_dw=want_dw)
+        except BaseException:
+            self._stored = None
+            raise
+
+    def _encode(
+        self, x: Tensor, weights: Sequence[Tensor], sources: Sequence[Tensor], *, keep: bool, again: bool
+    ) -> Call:
+        """Mask ``x``, and the weights where workers do not hold them; ``again``: a backward pass asks for it."""
+        engine = self.engine
+        engine.keys.check_process()
+        shape_w = (sum(len(w) for w in weights), *weights[0].shape[1:])
+        work = flops(self.kind, tuple(x.shape), shape_w)
+        targets = engine.targets(self.number, x.shape[0], work, self.scheme.traits.operators)
+        stored = self._store(weights, sources, targets, again)
+        with engine.stats.timed("mask"):
+            self._check_finite(x, "input")
+            encoded = stored.encoded.encode_input(
+                x, engine.keys.fresh(self.number, "x"), targets, engine.empty, partial(_whole, weights)
+            )
+        engine.stats.encryptions["x"] += 1
+        stored.rows_served += x.numel() // x.shape[1]  # of a convolution, every pixel is a row
+        return Call(self, stored, encoded, (tuple(x.shape), shape_w), [len(w) for w in weights], keep)
+
+    def _store(
+        self, weights: Sequence[Tensor], sources: Sequence[Tensor], targets: Sequence[Target], again: bool
+    ) -> StoredWeight:
         """The weight on the workers: the one that is there while it holds, else freshly masked."""
         engine, stored = self.engine, self._stored
+        lasting = not self.scheme.traits.fresh_every_call
         with engine.stats.timed("mask"):
-            fingerprint = [Fingerprint(w) for w in sources]
+            fingerprint = [Fingerprint(w) for w in sources] if lasting else []
         if (
-            stored is not None
+            lasting
+            and stored is not None
             and stored.dtype == weights[0].dtype
             and fingerprint == self._fingerprint
             and stored.rows_served < engine.settings.rekey_rows
@@ -123,18 +158,20 @@ class Product:
             return stored
         self._stored = None  # lets go of the old masks even if what follows fails
         with engine.stats.timed("mask"):
-            w = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+            w = _whole(weights)
             self._check_finite(w, "weight")
             encoded = self.scheme.encode_weight(
                 self.problem(w.dtype), w, engine.keys.fresh(self.number, "w"), targets, engine.empty
             )
         engine.stats.encryptions["w"] += 1
-        engine.weights_changed()
+        if not again:
+            engine.weights_changed()
         stored = StoredWeight(self, encoded, targets, w.dtype)
         if engine.truth is not None:
             for posted in stored.posted:
                 engine.truth.record(posted, "store", {"w": w})
-        self._stored, self._fingerprint = stored, fingerprint
+        if lasting:
+            self._stored, self._fingerprint = stored, fingerprint
         return stored
 
     def _check_finite(self, tensor: Tensor, what: str) -> None:
@@ -147,20 +184,39 @@ class Product:
             )
 
 
+def _whole(weights: Sequence[Tensor]) -> Tensor:
+    """The weight of a product: its members', one after the other."""
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
+
+
+Saved = Callable[[], tuple[Tensor, list[Tensor], list[Tensor]]]
+"""What autograd saved of a call: its input, its weights in the input's dtype, and in their own."""
+
+Gradients = tuple[Tensor | None, Callable[[], list[Tensor]] | None]
+"""``dX``, and what awaits ``dW``, as far as wanted."""
+
+
 class Call:
     """One forward call, and the backward pass through it."""
 
     def __init__(
-        self, product: Product, stored: StoredWeight, encoded: EncodedInput, weights: Sequence[Tensor], keep: bool
+        self,
+        product: Product,
+        stored: StoredWeight,
+        encoded: EncodedInput,
+        shapes: tuple[tuple[int, ...], tuple[int, ...]],
+        sizes: list[int],
+        keep: bool,
     ) -> None:
         self.product = product
         self.stored = stored
         self.encoded = encoded
-        self.sizes = [len(w) for w in weights]
-        self.shape_w = (sum(self.sizes), *weights[0].shape[1:])
+        self.shapes = shapes
+        self.sizes = sizes
         self.shapes_x = {o.worker: tuple(o.tensors["x"].shape) for o in encoded.operands}
         self.operand = 0
         self.differentiated = False
+        self._resent: Batch | None = None
         if keep:
             self.operand = product.engine.new_number()
             weakref.finalize(self, product.engine.forget, list(self.shapes_x), 0, self.operand)
@@ -170,43 +226,86 @@ class Call:
         engine, kind = self.product.engine, self.product.kind
         batch = engine.batch(self.product)
         for operand in self.encoded.operands:
-            shape_x = self.shapes_x[operand.worker]
-            wants = {"y": (output_shape(kind, shape_x, self.shape_w), operand.tensors["x"].dtype)}
+            shape_x, shape_w = self.shapes_x[operand.worker], self.stored.shapes_w[operand.worker]
+            wants = {"y": (output_shape(kind, shape_x, shape_w), operand.tensors["x"].dtype)}
             batch.post(operand, Forward, wants, weight=self.stored.number, operand=self.operand, product=kind)
-            engine.stats.flops_offloaded += flops(kind, shape_x, self.shape_w)
+            engine.stats.flops_offloaded += flops(kind, shape_x, shape_w)
         self.stored.confirm()
         with batch.replies("y") as replies:
             outputs = self.encoded.decode_output(replies, self.sizes)
-        if engine.truth is not None:
-            for operand in self.encoded.operands:
-                plain = {"x": x[operand.rows], "y": torch.cat(outputs, 1)[operand.rows]}
-                plain |= self.encoded.secrets(operand.worker)
-                engine.truth.record(batch.posted[operand.worker], "forward", plain)
+        self._record(batch, x, outputs)
         return outputs
 
-    def backward(
-        self, g: Tensor, *, want_dx: bool, want_dw: bool
-    ) -> tuple[Tensor | None, Callable[[], list[Tensor]] | None]:
-        """Send ``g~``; return ``dX`` at once, and what awaits and unmasks ``dW`` later."""
+    def resend(self, x: Tensor) -> None:
+        """Send ``x~`` to be kept, for a gradient that follows; no output is wanted."""
+        self._resent = batch = self.product.engine.batch(self.product)
+        for operand in self.encoded.operands:
+            fields = {"weight": self.stored.number, "operand": self.operand, "product": self.product.kind}
+            batch.post(operand, Forward, {}, **fields)
+        self._record(batch, x, [])
+
+    def _record(self, batch: Batch, x: Tensor, outputs: Sequence[Tensor]) -> None:
+        truth = self.product.engine.truth
+        for operand in self.encoded.operands if truth is not None else ():
+            plain = {"x": x[operand.rows]} | self.encoded.secrets(operand.worker)
+            if outputs:
+                plain["y"] = _part(torch.cat(list(outputs), 1), operand)
+            truth.record(batch.posted[operand.worker], "forward", plain)  # type: ignore[union-attr]
+
+    def _confirm(self) -> None:
+        """Raise what kept a worker from taking what this call sent before its gradient."""
+        self.stored.confirm()
+        if self._resent is not None:
+            self._resent.acknowledged()
+            self._resent = None
+
+    def backward(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Gradients:
+        """Send ``g~``; return ``dX`` at once, and what awaits and unmasks ``dW`` later.
+
+        Where the scheme would rather not send rows of ``g`` that are zero, the others go out in a call of their own.
+        """
+        product = self.product
+        product.engine.check_open()
+        with product.engine.stats.timed("mask"):
+            rows = product.scheme.rows_to_repeat(g, *self.shapes, want_dw=want_dw)
+        if rows is None and not self.differentiated:
+            self.differentiated = True
+            return self.send(g, saved, want_dx=want_dx, want_dw=want_dw)
+        x, weights, sources = saved()
+        if rows is None:
+            return product.repeat(x, weights, sources, g, want_dx=want_dx, want_dw=want_dw)
+        live = x.index_select(0, rows), weights, sources, g.index_select(0, rows)
+        part, dw = product.repeat(*live, want_dx=want_dx, want_dw=want_dw)
+        return None if part is None else x.new_zeros(x.shape).index_copy_(0, rows, part), dw
+
+    def send(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Gradients:
+        """Send ``g~`` as it is."""
         engine, kind = self.product.engine, self.product.kind
         engine.keys.check_process()
-        engine.check_open()
-        self.differentiated = True
         with engine.stats.timed("mask"):
             engine.warn_if_not_finite(self.product.name, g)
-            encoded = self.encoded.encode_gradient(g, engine.keys.fresh(self.product.number, "g"), engine.empty)
+            encoded = self.encoded.encode_gradient(
+                g,
+                engine.keys.fresh(self.product.number, "g"),
+                engine.empty,
+                lambda: saved()[0],
+                lambda: _whole(saved()[1]),
+                want_dw=want_dw,
+            )
         engine.stats.encryptions["g"] += 1
         engine.backward_seen()
         batch = engine.batch(self.product)
         for operand in encoded.operands:
-            shape_x, dtype = self.shapes_x[operand.worker], operand.tensors["g"].dtype
+            dtype = operand.tensors["g"].dtype
+            shape_x, shape_w = self.shapes_x[operand.worker], self.stored.shapes_w[operand.worker]
             wants = {}
             if want_dx:
                 wants["dx"] = (shape_x, dtype)
             if want_dw:
-                wants["dw"] = (self.shape_w, dtype)
+                wants["dw"] = (shape_w, dtype)
             batch.post(operand, Backward, wants, weight=self.stored.number, operand=self.operand, product=kind)
-            engine.stats.flops_offloaded += len(wants) * flops(kind, shape_x, self.shape_w)
+            engine.stats.flops_offloaded += len(wants) * flops(kind, shape_x, shape_w)
+        self._confirm()
 
         def weight_gradients() -> list[Tensor]:
             with batch.replies("dw") as replies:
@@ -218,9 +317,15 @@ class Call:
                 dx = encoded.decode_input_gradient(replies)
         if engine.truth is not None:
             for operand in encoded.operands:
-                plain = {"g": g[operand.rows]} | ({} if dx is None else {"dx": dx[operand.rows]})
+                plain = {"g": _part(g, operand)} | ({} if dx is None else {"dx": dx[operand.rows]})
                 engine.truth.record(batch.posted[operand.worker], "backward", plain)
         return dx, weight_gradients if want_dw else None
+
+
+def _part(tensor: Tensor, operand: Operand) -> Tensor:
+    """The rows and output features of ``tensor`` that ``operand`` stands for."""
+    part = tensor[operand.rows]
+    return part if operand.columns is None else part.index_select(1, operand.columns)
 
 
 _PROBES: dict[tuple[int, torch.dtype], Tensor] = {}

@@ -6,6 +6,7 @@ from tempo.errors import SettingsError, nearest
 from tempo.schemes.base import Scheme
 from tempo.schemes.insecure_plain import InsecurePlain
 from tempo.schemes.mix import Mix
+from tempo.schemes.mix_tuned import MixTuned
 from tempo.schemes.tempo import Tempo
 from tempo.settings import Settings
 
@@ -15,6 +16,7 @@ REGISTRY: dict[str, type[Scheme]] = {
         InsecurePlain,
         Tempo,
         Mix,
+        MixTuned,
     )
 }
 

@@ -9,7 +9,8 @@ and each link holds the secrets that its own decoding needs::
     EncodedInput.encode_gradient(G)  -> EncodedGradient   backward; decode_{input,weight}_gradient(replies) -> dX, dW
 
 Every encoding yields *addressed* operands: which worker gets which tensor, each with its own dtype. So a scheme may
-divide rows among workers, send each another share, or add columns and correct for them on the way back.
+divide rows among workers, send each another share, or add columns and correct for them on the way back. Corrections may
+need plain operands again: the engine hands over ways to recall them (`Recall`), so that none is kept for their sake.
 Schemes are pure tensor mathematics: no input or output, no randomness but the key schedule's.
 """
 
@@ -30,6 +31,9 @@ from tempo.wire.messages import Conv, Product
 Empty = Callable[[int, tuple[int, ...], torch.dtype], Tensor]
 """``empty(worker, shape, dtype)``: a send buffer for that worker, to be written once, by the encoding itself."""
 
+Recall = Callable[[], Tensor]
+"""Gives a plain operand again, as it was in the forward pass. Call it before returning; it may not hold later."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -42,11 +46,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """Tensors addressed to one worker: ``x``, ``w`` or ``g``, plus whatever a scheme adds, for rows of axis 0."""
+    """Tensors addressed to one worker: ``x``, ``w`` or ``g``, plus whatever a scheme adds.
+
+    ``rows`` of axis 0 they stand for and, where output features are divided too, which ``columns`` (None: all).
+    """
 
     worker: int
     tensors: dict[str, Tensor]
     rows: slice
+    columns: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,12 @@ class Traits:
     protects: str
     min_workers: int = 1
     distinct_operators: bool = False
+    operators: int = 1
+    """How many distinct operators a product is divided over, where there are that many."""
+    fresh_every_call: bool = False
+    """Whether a weight is masked anew for every call, in training, evaluation and prediction."""
+    public_base_preset: str = ""
+    """The scheme to use instead of this one where training starts from a public checkpoint; empty: none is better."""
     updates: tuple[str, ...] = ("trusted",)
     optimizers: tuple[str, ...] = ("any",)
     mask_seconds_per_element: float = 1.5e-9
@@ -106,8 +120,18 @@ class EncodedInput(ABC):
         """``Y`` from the workers' ``y``, keyed by worker, in pieces of ``sizes`` output features."""
 
     @abstractmethod
-    def encode_gradient(self, g: Tensor, key: Key, empty: Empty) -> EncodedGradient:
+    def encode_gradient(
+        self, g: Tensor, key: Key, empty: Empty, x: Recall, w: Recall, *, want_dw: bool
+    ) -> EncodedGradient:
         """Mask ``G`` for the workers that hold this input.
+
+        Args:
+            g: The gradient of the output.
+            key: Fresh for every call.
+            empty: Gives send buffers.
+            x: Recalls ``X``.
+            w: Recalls ``W``.
+            want_dw: Whether `EncodedGradient.decode_weight_gradient` will be called.
 
         Raises:
             UnsafeError: A gradient was already encoded with this input: another one would meet the same masks.
@@ -120,8 +144,8 @@ class EncodedWeight(ABC):
     operands: list[Operand]
 
     @abstractmethod
-    def encode_input(self, x: Tensor, key: Key, targets: Sequence[Target], empty: Empty) -> EncodedInput:
-        """Mask ``X`` for ``targets``, all of which hold this weight. ``key`` is fresh for every call."""
+    def encode_input(self, x: Tensor, key: Key, targets: Sequence[Target], empty: Empty, w: Recall) -> EncodedInput:
+        """Mask ``X`` for ``targets``, which hold this weight. ``key`` is fresh for every call; ``w`` recalls ``W``."""
 
 
 class Scheme(ABC):
@@ -137,6 +161,28 @@ class Scheme(ABC):
 
     def refuses(self, product: Product, x: tuple[int, ...], w: tuple[int, ...]) -> str | None:
         """Why a product of operands of these shapes must stay in the trusted process, or None."""
+        return None
+
+    def rows_sent(self, rows: int) -> int:
+        """How many rows a worker gets where ``rows`` are its part: some schemes add more."""
+        return rows
+
+    def mask_seconds_per_element(self, width: int) -> float:
+        """Masking or unmasking one element of a matrix of ``width`` features, on one core; for the planner."""
+        return self.traits.mask_seconds_per_element
+
+    def rows_to_repeat(self, g: Tensor, x: tuple[int, ...], w: tuple[int, ...], *, want_dw: bool) -> Tensor | None:
+        """Rows of a call to send again by themselves, under fresh masks, for the gradient ``g`` that is zero elsewhere.
+
+        Args:
+            g: The gradient of the output.
+            x: Shape of the input.
+            w: Shape of the weight.
+            want_dw: Whether the weight's gradient is wanted, and so ``X`` needed again.
+
+        Returns:
+            Row numbers, ascending, all live rows of ``g`` among them; or None to send ``g`` as it is.
+        """
         return None
 
     @abstractmethod

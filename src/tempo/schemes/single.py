@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tempo.errors import UnsafeError
-from tempo.keys import Key
+from tempo.keys import Key, Keystream
+from tempo.schemes.arithmetic import work_dtype
 from tempo.schemes.base import (
     Empty,
     EncodedGradient,
@@ -18,18 +20,18 @@ from tempo.schemes.base import (
     EncodedWeight,
     Operand,
     Problem,
+    Recall,
     Scheme,
     Target,
 )
+from tempo.schemes.cloak import Cloak
+from tempo.schemes.corrections import Share, WeightGradient, shares_of_input_gradient, shares_of_output
+from tempo.schemes.cover import Cover, uncovered
 from tempo.schemes.masks import Mask, Masks
-from tempo.schemes.shield import shield_rows, weight_gradient
 
 
 class SingleMaskScheme(Scheme):
-    """Base of `insecure-plain`, `tempo` and `mix`: what differs is only how the masks are drawn."""
-
-    row_block = 1
-    """Rows that a part needs at least; shield rows fill it up."""
+    """Base of `insecure-plain`, `tempo` and the presets of mixing: they differ in masks, cloak and cover."""
 
     @abstractmethod
     def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
@@ -38,6 +40,14 @@ class SingleMaskScheme(Scheme):
     @abstractmethod
     def row_mask(self, key: Key, part: int, rows: int) -> Mask:
         """Draw ``L`` for the rows of one worker's part."""
+
+    def cloak(self, key: Key, problem: Problem, w: Tensor) -> Cloak | None:
+        """Draw what is added to ``w`` before masking; None adds nothing."""
+        return None
+
+    def cover(self, stream: Keystream, plain: Tensor) -> tuple[Tensor, Cover]:
+        """Cover a part of ``X`` or ``G``; appends as many rows to either. By default it is sent as it is."""
+        return plain, uncovered(plain)
 
     def encode_weight(
         self, problem: Problem, w: Tensor, key: Key, targets: Sequence[Target], empty: Empty
@@ -50,12 +60,13 @@ class SingleMaskScheme(Scheme):
             Operand(target.worker, {"w": empty(target.worker, tuple(w.shape), problem.wire_dtype)}, whole)
             for target in targets
         ]
+        cloak = self.cloak(key, problem, w)
         # A send buffer can be shared with its worker, which must not get to change what others are sent.
         source = operands[0].tensors["w"] if len(operands) == 1 else torch.empty(w.shape, dtype=problem.wire_dtype)
-        masks.encode("w", w, source)
+        masks.encode("w", w if cloak is None else cloak.cover(w), source)
         for operand in operands if len(operands) > 1 else ():
             operand.tensors["w"].copy_(source)
-        return MaskedWeight(self, problem, masks, operands)
+        return MaskedWeight(self, problem, masks, cloak, operands)
 
 
 def divide(rows: int, targets: Sequence[Target]) -> list[tuple[Target, slice]]:
@@ -72,37 +83,53 @@ def divide(rows: int, targets: Sequence[Target]) -> list[tuple[Target, slice]]:
 
 
 class MaskedWeight(EncodedWeight):
-    """``w~`` and the masks ``A`` and ``P``."""
+    """``w~``, the masks ``A`` and ``P``, and the cloak under them."""
 
-    def __init__(self, scheme: SingleMaskScheme, problem: Problem, masks: Masks, operands: list[Operand]) -> None:
+    def __init__(
+        self,
+        scheme: SingleMaskScheme,
+        problem: Problem,
+        masks: Masks,
+        cloak: Cloak | None,
+        operands: list[Operand],
+    ) -> None:
         self.scheme = scheme
         self.problem = problem
         self.masks = masks
+        self.cloak = cloak
         self.operands = operands
 
-    def encode_input(self, x: Tensor, key: Key, targets: Sequence[Target], empty: Empty) -> EncodedInput:
+    def encode_input(self, x: Tensor, key: Key, targets: Sequence[Target], empty: Empty, w: Recall) -> EncodedInput:
         """Mask each worker's rows under their own ``L``."""
         masked = MaskedInput(self, tuple(x.shape), x.dtype)
+        product = self.problem.product
         for number, (target, rows) in enumerate(divide(x.shape[0], targets)):
-            plain, shield = x[rows], None
-            if len(plain) < self.scheme.row_block:
-                shield = shield_rows(key.stream(f"shield{number}"), plain, self.scheme.row_block - len(plain))
-                plain = torch.cat([plain, shield])
-            masks = Masks(self.scheme.row_mask(key, number, len(plain)), self.masks.A, self.masks.P)
-            x_masked = empty(target.worker, tuple(plain.shape), self.problem.wire_dtype)
-            masks.encode("x", plain, x_masked)
-            masked.parts[target.worker] = Part(rows, masks, shield)
+            covered, cover = self.scheme.cover(key.stream(f"cover{number}"), x[rows])
+            masks = Masks(self.scheme.row_mask(key, number, len(covered)), self.masks.A, self.masks.P)
+            x_masked = empty(target.worker, tuple(covered.shape), self.problem.wire_dtype)
+            masks.encode("x", covered, x_masked)
+            real = covered[: cover.real]
+            shares = shares_of_output(product, real, cover.filled_columns, w)
+            seen = None if self.cloak is None else self.cloak.seen_by_input(real)
+            masked.parts[target.worker] = Part(rows, masks, cover, shares, seen)
             masked.operands.append(Operand(target.worker, {"x": x_masked}, rows))
         return masked
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part:
-    """The rows that one worker gets, their masks, and the shield rows below them."""
+    """The rows that one worker gets, their masks, and what is to be taken off its answer."""
 
     rows: slice
     masks: Masks
-    shield: Tensor | None
+    cover: Cover
+    shares: list[Share]
+    seen_by_cloak: Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the output is only to be unmasked."""
+        return not (len(self.cover.filled) or self.shares or self.seen_by_cloak is not None)
 
 
 class MaskedInput(EncodedInput):
@@ -117,80 +144,118 @@ class MaskedInput(EncodedInput):
         self._gradient_encoded = False
 
     def secrets(self, worker: int) -> dict[str, Tensor]:
-        """What ``L``, ``A`` and ``P`` consist of, identities left out, and the shield rows if there are any."""
-        part = self.parts[worker]
+        """What ``L``, ``A`` and ``P`` consist of, identities left out; shield rows and cloak if there are any."""
+        part, cloak = self.parts[worker], self.weight.cloak
         found = part.masks.L.tensors("l") | part.masks.A.tensors("a") | part.masks.P.tensors("p")
-        return found if part.shield is None else found | {"x_shield": part.shield}
+        if len(part.cover.shield):
+            found["x_shield"] = part.cover.shield
+        if cloak is not None:
+            found |= {"cloak_u": cloak.U, "cloak_v": cloak.V}
+        return found
 
     def decode_output(self, replies: dict[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Unmask each part's columns straight into the output they belong to."""
+        """Unmask each part's columns straight into the output they belong to, where nothing is to be taken off."""
         spatial = next(iter(replies.values())).shape[2:]
         outputs = [torch.empty(self.shape[0], size, *spatial, dtype=self.dtype) for size in sizes]
         for worker, part in self.parts.items():
             pieces = [output[part.rows] for output in outputs]
-            if part.shield is None:
+            if part.plain:
                 part.masks.decode("y", replies[worker], *pieces)
                 continue
-            whole = torch.empty(replies[worker].shape, dtype=self.dtype)
+            whole = _room(pieces, replies[worker])
             part.masks.decode("y", replies[worker], whole)
-            for piece, values in zip(pieces, whole[: len(pieces[0])].split(list(sizes), 1), strict=True):
-                piece.copy_(values)
+            y = whole[: part.cover.real]
+            if self.weight.cloak is not None and part.seen_by_cloak is not None:
+                self.weight.cloak.uncover_output(y, part.seen_by_cloak)
+            for share in part.shares:
+                share.take_off_output(y)
+            y[part.cover.rows] = 0
+            if whole is not pieces[0]:
+                for piece, values in zip(pieces, y.split(list(sizes), 1), strict=True):
+                    piece.copy_(values)
+            part.shares, part.seen_by_cloak = [], None  # a graph may live long
         return outputs
 
-    def encode_gradient(self, g: Tensor, key: Key, empty: Empty) -> EncodedGradient:
+    def encode_gradient(
+        self, g: Tensor, key: Key, empty: Empty, x: Recall, w: Recall, *, want_dw: bool
+    ) -> EncodedGradient:
         """Mask ``G`` with the shifted keys: no new mask is drawn."""
         if self._gradient_encoded:
             raise UnsafeError("a second gradient would meet the same masks: encode the input again first")
         self._gradient_encoded = True
-        masked = MaskedGradient(self)
+        weight = self.weight
+        product = weight.problem.product
+        masked = MaskedGradient(self, next(iter(weight.operands)).tensors["w"].shape)
         for number, (worker, part) in enumerate(self.parts.items()):
-            plain = g[part.rows]
-            if part.shield is not None:
-                shield = shield_rows(key.stream(f"shield{number}"), plain, len(part.shield))
-                masked.shields.append((part.shield, shield))
-                plain = torch.cat([plain, shield])
-            g_masked = empty(worker, tuple(plain.shape), self.weight.problem.wire_dtype)
-            part.masks.encode("g", plain, g_masked)
+            covered, cover = weight.scheme.cover(key.stream(f"cover{number}"), g[part.rows])
+            g_masked = empty(worker, tuple(covered.shape), weight.problem.wire_dtype)
+            part.masks.encode("g", covered, g_masked)
             masked.operands.append(Operand(worker, {"g": g_masked}, part.rows))
+            real = covered[: cover.real]
+            seen = None if weight.cloak is None else weight.cloak.seen_by_gradient(real)
+            shares = shares_of_input_gradient(product, real, cover.filled_columns, w)
+            masked.parts[worker] = Part(part.rows, part.masks, cover, shares, seen)
+            if want_dw:
+                masked.extra.add(part.cover, cover, covered, partial(_rows, x, part.rows))
+        if want_dw:
+            masked.extra.complete(g, x)
         return masked
 
 
 class MaskedGradient(EncodedGradient):
     """``g~``; decodes with the masks of the input it belongs to."""
 
-    def __init__(self, source: MaskedInput) -> None:
+    def __init__(self, source: MaskedInput, shape: tuple[int, ...]) -> None:
         self.source = source
         self.operands: list[Operand] = []
-        self.shields: list[tuple[Tensor, Tensor]] = []
-        """Shield rows of ``X`` and ``G``, for each part that has some."""
+        self.parts: dict[int, Part] = {}
+        self.extra = WeightGradient(source.weight.problem.product, tuple(shape))
 
     def decode_input_gradient(self, replies: dict[int, Tensor]) -> Tensor:
         """Unmask each part of ``dX`` into place."""
-        dx = torch.empty(self.source.shape, dtype=self.source.dtype)
-        for worker, part in self.source.parts.items():
-            if part.shield is None:
+        source = self.source
+        dx = torch.empty(source.shape, dtype=source.dtype)
+        for worker, part in self.parts.items():
+            if part.plain:
                 part.masks.decode("dx", replies[worker], dx[part.rows])
                 continue
-            whole = torch.empty(replies[worker].shape, dtype=self.source.dtype)
+            place = dx[part.rows]
+            whole = _room([place], replies[worker])
             part.masks.decode("dx", replies[worker], whole)
-            dx[part.rows] = whole[: -len(part.shield)]
+            real = whole[: part.cover.real]
+            if source.weight.cloak is not None and part.seen_by_cloak is not None:
+                source.weight.cloak.uncover_input_gradient(real, part.seen_by_cloak)
+            for share in part.shares:
+                share.take_off_input_gradient(real)
+            real[part.cover.rows] = 0
+            if whole is not place:
+                place.copy_(real)
         return dx
 
     def decode_weight_gradient(self, replies: dict[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
         """Sum the workers' parts in the masked domain (``A`` and ``P`` are shared), then unmask once."""
-        parts = list(replies.values())
+        parts, dtype, masks = list(replies.values()), self.source.dtype, self.source.weight.masks
         total = parts[0]
         if len(parts) > 1:
-            total = parts[0].to(self.source.dtype)
+            total = parts[0].to(dtype)
             for other in parts[1:]:
                 total = total + other
-        weight, dtype = self.source.weight, self.source.dtype
-        # What shield rows added is taken off before rounding to half precision.
-        work = torch.promote_types(dtype, torch.float32) if self.shields else dtype
-        gradients = [torch.empty(size, *total.shape[1:], dtype=work) for size in sizes]
-        weight.masks.decode("dw", total, *gradients)
-        for x, g in self.shields:
-            extra = weight_gradient(weight.problem.product, x, g, tuple(total.shape))
-            for gradient, part in zip(gradients, extra.split(list(sizes)), strict=True):
-                gradient -= part
-        return [gradient.to(dtype) for gradient in gradients]
+        if not self.extra.needed:
+            gradients = [torch.empty(size, *total.shape[1:], dtype=dtype) for size in sizes]
+            masks.decode("dw", total, *gradients)
+            return gradients
+        whole = torch.empty(total.shape, dtype=work_dtype(dtype))
+        masks.decode("dw", total, whole)
+        self.extra.take_off(whole)
+        return [part.to(dtype, copy=len(sizes) > 1) for part in whole.split(list(sizes))]
+
+
+def _room(places: Sequence[Tensor], reply: Tensor) -> Tensor:
+    """Where to unmask ``reply`` for corrections: right in its place, if that is one, exact enough and large enough."""
+    (place, *more), work = places, work_dtype(places[0].dtype)
+    fits = not more and place.dtype == work and place.shape == reply.shape
+    return place if fits else torch.empty(reply.shape, dtype=work)
+
+
+def _rows(x: Recall, rows: slice) -> Tensor:
+    return x()[rows]

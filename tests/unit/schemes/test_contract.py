@@ -24,15 +24,20 @@ def encode(name: str, rows: int = 40):
     scheme = schemes.create(name)
     w, x = torch.randn(33, 36), torch.randn(rows, 36)
     weight = scheme.encode_weight(Problem(Linear(), torch.float32), w, keys.fresh(1, "w"), [target], empty)
-    return keys, weight.encode_input(x, keys.fresh(1, "x"), [target], empty)
+    return keys, weight.encode_input(x, keys.fresh(1, "x"), [target], empty, lambda: w), x, w
 
 
 @pytest.mark.parametrize("name", schemes.names())
 def test_a_second_gradient_never_meets_the_same_masks(name):
-    keys, source = encode(name)
-    source.encode_gradient(torch.randn(40, 33), keys.fresh(1, "g"), empty)
+    keys, source, x, w = encode(name)
+
+    def send():
+        g = torch.randn(40, 33)
+        source.encode_gradient(g, keys.fresh(1, "g"), empty, lambda: x, lambda: w, want_dw=True)
+
+    send()
     with pytest.raises(UnsafeError):
-        source.encode_gradient(torch.randn(40, 33), keys.fresh(1, "g"), empty)
+        send()
 
 
 @pytest.mark.parametrize("name", schemes.names())

@@ -19,11 +19,10 @@ def test_encryption_follows_the_paper():
     def empty(worker, shape, dtype):
         return torch.empty(shape, dtype=dtype)
 
-    weight = create("tempo").encode_weight(
-        Problem(Linear(), torch.float64), W.T.contiguous(), keys.fresh(1, "w"), [target], empty
-    )
-    source = weight.encode_input(X, keys.fresh(1, "x"), [target], empty)
-    gradient = source.encode_gradient(G, keys.fresh(1, "g"), empty)
+    w = W.T.contiguous()
+    weight = create("tempo").encode_weight(Problem(Linear(), torch.float64), w, keys.fresh(1, "w"), [target], empty)
+    source = weight.encode_input(X, keys.fresh(1, "x"), [target], empty, lambda: w)
+    gradient = source.encode_gradient(G, keys.fresh(1, "g"), empty, lambda: X, lambda: w, want_dw=True)
     secret = source.secrets(0)
     c_m, c_n, c_p = (secret[f"{axis}_scale"] for axis in "lap")
     pi_m, pi_n, pi_p = (secret[f"{axis}_permutation"].long() for axis in "lap")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tempo.audit import lab
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome, Panel
 from tempo.audit.attacks.data_alignment import align
 from tempo.audit.attacks.spatial_ica import SOURCES, raw_images, unmix
