@@ -94,12 +94,14 @@ class Standing:
             there are any. None where nothing was scored.
         tried: Number of scored findings.
         since: The lowest level at which an attack succeeded.
+        inherited: Whether lower levels say all of it: nothing more broke here, or nothing more was tried.
     """
 
     verdict: Literal["broken", "resisted", "not scored", "not applicable", "untried"]
     decisive: tuple[Run, Finding] | None = None
     tried: int = 0
     since: Level | None = None
+    inherited: bool = False
 
     @property
     def own(self) -> Level | None:
@@ -113,12 +115,13 @@ def standing(runs: Iterable[Run], level: Level) -> Standing:
     scored = [(run, f) for run, f in found if f.verdict in ("broken", "resisted") and f.figures]
     broken = [(run, f) for run, f in scored if f.verdict == "broken"]
     if scored:
-        new = [(run, f) for run, f in broken if level_of(f) is level]
+        own = [(run, f) for run, f in broken or scored if level_of(f) is level]
         return Standing(
             verdict="broken" if broken else "resisted",
-            decisive=max(new or broken or scored, key=lambda pair: progress(pair[1].figures[0])),
+            decisive=max((own if broken else []) or broken or scored, key=lambda pair: progress(pair[1].figures[0])),
             tried=len(scored),
             since=next((low for low in LEVELS if any(level_of(f) is low for _, f in broken)), None),
+            inherited=not own,
         )
     if any(f.verdict == "not scored" for _, f in found):
         return Standing("not scored")

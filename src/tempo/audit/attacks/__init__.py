@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from tempo.audit.attack import Attack
+from tempo.audit.attacks.covariance import Covariance
 from tempo.audit.attacks.cross_layer import CrossLayer
+from tempo.audit.attacks.data_alignment import DataAlignment, DataAlignmentBase
 from tempo.audit.attacks.directions import Directions
 from tempo.audit.attacks.gram import Gram
+from tempo.audit.attacks.ica import ICA
 from tempo.audit.attacks.linking import Linking
+from tempo.audit.attacks.nmf import NMF
 from tempo.audit.attacks.signatures import Signatures
+from tempo.audit.attacks.singular_vectors import SingularVectors
 from tempo.audit.attacks.span import Span
 from tempo.audit.attacks.spatial_ica import SpatialICA
 from tempo.audit.attacks.zero_rows import ZeroRows
@@ -21,6 +26,12 @@ _ATTACKS: tuple[type[Attack], ...] = (
     Signatures,
     Linking,
     Directions,
+    Covariance,
+    DataAlignment,
+    DataAlignmentBase,
+    ICA,
+    NMF,
+    SingularVectors,
 )
 
 REGISTRY: dict[str, type[Attack]] = {attack.name: attack for attack in _ATTACKS}

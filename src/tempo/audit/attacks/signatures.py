@@ -113,7 +113,7 @@ def match(masked: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = assigned
         return float((ours * balanced(other[rows])[:, columns]).sum())
 
-    return max((_refine(ours, other, *start) for start in _starts(ours, other)), key=likeness)
+    return max((refine(ours, other, *start) for start in _starts(ours, other)), key=likeness)
 
 
 def fit_scales(masked: Tensor, public: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ def _starts(ours: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     yield assign(_products(ours, public[:, columns], 0)), columns
 
 
-def _refine(ours: Tensor, other: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def refine(ours: Tensor, other: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Match each axis in turn by inner products over the other, until nothing changes."""
     for _ in range(20):
         before = rows, columns
