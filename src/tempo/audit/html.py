@@ -102,6 +102,9 @@ class _Audited:
     start: str
     workers: int
     sections: list[_Section]
+    beyond: list[str]
+    """Attacks that need what the attacker of this run does not know."""
+
     cells: list[tuple[Level, Standing, str]]
     """For each level: how it stands, and the id of the section to go to, if there is one."""
 
@@ -128,17 +131,20 @@ def _audited(run: Run, anchor: str) -> _Audited:
     sections = []
     for level in LEVELS:
         found = levels.at(run, level)
-        if found:
+        if found and levels.within(run, level):
             tried = [f for f in found if f.verdict in ("broken", "resisted") and f.figures]
             tried.sort(key=lambda f: (f.verdict != "broken", -levels.progress(f.figures[0])))
             silent = [f for f in found if f not in tried]
             sections.append(_Section(level, f"{anchor}-{level.key}", tried, silent, _level_summary(tried)))
+    beyond = list(dict.fromkeys(f.attack for f in run.findings if not levels.within(run, levels.level_of(f))))
     shown = {section.level: section.id for section in sections}
     cells = []
     for level in LEVELS:
         stands = levels.standing([run], level)
         cells.append((level, stands, shown.get(stands.own or level, anchor)))
-    return _Audited(anchor, run, _start(run), len({f.worker for f in run.findings if f.worker}), sections, cells)
+    return _Audited(
+        anchor, run, _start(run), len({f.worker for f in run.findings if f.worker}), sections, beyond, cells
+    )
 
 
 def _start(run: Run) -> str:
@@ -154,10 +160,15 @@ def _subject_summary(title: str, runs: list[Run]) -> str:
     stands = [(level, levels.standing(runs, level)) for level in LEVELS]
     if not any(standing.tried for _, standing in stands):
         return f"No attack on {title} was scored, so nothing is said about it."
+    failed = 0
     for level, standing in stands:
         if standing.verdict == "broken" and standing.decisive is not None:
             _, finding = standing.decisive
-            return f"Broken {WHOM[level.key]}: {finding.attack}, {sentence(finding.figures[0])}"
+            less = (
+                f" With less, {failed} attack{' was' if failed == 1 else 's were'} tried and failed." if failed else ""
+            )
+            return f"Broken {WHOM[level.key]}: {finding.attack}, {sentence(finding.figures[0])}{less}"
+        failed = max(failed, standing.tried)
     return "Every attack that was tried and scored failed. That is a statement about these attacks, not a proof."
 
 
@@ -208,9 +219,11 @@ def _tally(report: Report) -> dict[str, int]:
 
 
 def _threshold(report: Report, curve: Curve) -> str:
-    """From where on it leaks, and to which side, if a figure of the curve's name says so."""
-    figures = (figure for run in report.runs for finding in run.findings for figure in finding.figures)
-    higher = next((figure.higher_leaks for figure in figures if figure.name == curve.y_label), None)
+    """From where on it leaks, and to which side, if a figure of the curve's name, or of its finding, says so."""
+    findings = [finding for run in report.runs for finding in run.findings]
+    named = [f for finding in findings for f in finding.figures if f.name == curve.y_label]
+    beside = [f for finding in findings if curve in finding.curves for f in finding.figures if f.leaks == curve.leaks]
+    higher = next((figure.higher_leaks for figure in [*named, *beside]), None)
     side = {True: "leaks above", False: "leaks below", None: "threshold of a leak"}[higher]
     return f"{side} {number(curve.leaks)}" if curve.leaks is not None else ""
 

@@ -96,3 +96,9 @@ def test_convolutions_and_given_weights_can_be_recorded():
     evidence = basecase.record(base, tuned=tuned, inputs=torch.randn(4, 8, 6, 6), scheme="tempo")
     figures = basecase.delta_figures(guesses(evidence, lambda _, w: w), evidence.truth)
     assert figures[0].value == pytest.approx(1.0)
+
+
+def test_products_are_named_although_the_scheme_kept_some_at_home():
+    evidence = basecase.record(basecase.network(96, 128, 64), scheme="mix", mix_block=96)
+    assert {tuple(call.w.shape) for call in evidence.view.calls} == {(128, 96)}
+    assert list(evidence.knowledge.names(evidence.view).values()) == [["0"]]

@@ -6,6 +6,7 @@ import itertools
 import re
 from html.parser import HTMLParser
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,7 +110,7 @@ def report(text: str = "net", scheme: str = "mix") -> Report:
                 facts=["architecture", "base", "data"],
                 findings=findings,
             ),
-            Run(**about, base="secret", facts=["architecture", "data"], findings=findings[:1]),
+            Run(**about, base="secret", facts=["architecture", "data"], findings=findings[:2]),
             Run(title="controls", scheme=CONTROL, settings={}, base="unknown", facts=[], findings=[control]),
         ],
         curves=[curve],
@@ -136,6 +137,7 @@ def test_all_that_was_found_is_on_the_page():
         *("no zero rows net", "no truth", "tempo audit --run net", "5 min", "2026-11-24", "mix_block"),
         "The one attack succeeded, zero-patterns net: share net 0.875",
         "The one attack failed, frames: delta error 1.25 (chance 1, in clear 0)",
+        "Not tried, since this attacker lacks what they need: frames .",
         *("leaks below 0.8", "What an audit cannot show", "no proof"),
     ):
         assert part in page.text, part
@@ -152,6 +154,20 @@ def test_a_scheme_is_summed_up_by_the_least_that_breaks_it():
         Run(title="t", scheme="s", settings={}, base="unknown", facts=["base"], findings=report().runs[0].findings[1:2])
     ]
     assert "not a proof" in Page(html.page(Report(runs=runs))).text
+
+
+def test_what_failed_with_less_is_said_too():
+    base_only = report().runs[0].findings[1]
+    blind = Finding(
+        attack="blind", knows=[], tries="", verdict="resisted", figures=[Figure(name="f", value=0.1, leaks=0.5)]
+    )
+    broken = Figure(name="delta error", value=0.125, leaks=0.8, higher_leaks=False)
+    findings = [blind, msgspec.structs.replace(base_only, verdict="broken", figures=[broken])]
+    run = Run(title="t", scheme="s", settings={}, base="public", facts=["base"], findings=findings)
+    assert (
+        "Broken by a worker that knows the public checkpoint: frames, delta error 0.125. "
+        "With less, 1 attack was tried and failed."
+    ) in Page(html.page(Report(runs=[run]))).text
 
 
 def test_nothing_is_fetched_and_nothing_runs():

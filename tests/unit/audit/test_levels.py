@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tempo.audit import levels
+from tempo.audit import controls, levels
 from tempo.audit.attack import Figure, Finding
 from tempo.audit.levels import LEVELS, level_of, number, progress, standing, subjects
 from tempo.audit.report import Report, Run
@@ -98,6 +98,17 @@ def test_runs_of_one_scheme_are_told_apart_by_the_settings_in_which_they_differ(
     control = run(scheme=levels.CONTROL)
     found = subjects(Report(runs=[one, other, two, control]))
     assert found == {"mix": [one], "tempo": [other], "mix (mix_rounds = 2)": [two]}
+
+
+def test_controls_are_run_as_a_part_of_the_report():
+    done = controls.run(["gram"])
+    assert subjects(Report(runs=[done])) == {}
+    found = levels.control_of(Report(runs=[run(), done]), "gram")
+    assert found is not None
+    assert found.verdict == "broken"
+    assert found.figures[0].value >= 0.999
+    assert "issue" in found.reason
+    assert levels.control_of(Report(runs=[run()]), "gram") is None
 
 
 @pytest.mark.parametrize(
