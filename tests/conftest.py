@@ -50,12 +50,18 @@ Connect = Callable[..., Session]
 
 @pytest.fixture
 def connect(workers: list[str]) -> Iterator[Connect]:
-    """Open sessions with the shared workers, everything offloaded; closed after the test."""
+    """Open sessions with the shared workers, everything offloaded; closed after the test.
+
+    Layers in tests are small, and `mix` keeps those here that are narrower than a block: so `tempo`, unless a test
+    names another scheme, which is then the one it gets, not a preset for public weights.
+    """
     with ExitStack() as stack:
 
         def open_session(count: int = 1, operators: int = 1, **fields: Any) -> Session:
             fields.setdefault("placement", "all")
             fields.setdefault("divide_flops", 1)
+            fields.setdefault("scheme", "tempo")
+            fields.setdefault("base", "secret")
             addresses = workers[:count]
             if operators > 1:
                 addresses = [f"{address}@operator{i % operators}" for i, address in enumerate(addresses)]

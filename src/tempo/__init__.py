@@ -9,13 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tempo.initial import secret_initialisation
     from tempo.session import Session, connect
     from tempo.settings import Settings
 
 __version__ = "0.1.0"
-__all__ = ["Session", "Settings", "__version__", "connect"]
+__all__ = ["Session", "Settings", "__version__", "connect", "secret_initialisation"]
 
-_HOME = {"Session": "tempo.session", "connect": "tempo.session", "Settings": "tempo.settings"}
+_HOME = {
+    "Session": "tempo.session",
+    "Settings": "tempo.settings",
+    "connect": "tempo.session",
+    "secret_initialisation": "tempo.initial",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ class TempoError(Exception):
 
 
 class ProtectionWarning(UserWarning):
-    """What was asked works, but is known not to protect something. Names the scheme and what breaks it."""
+    """What was asked works, but is known not to protect something, or protects it at a price. Says what and why."""
 
 
 class SettingsError(TempoError, ValueError):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from torch import nn
 
 from tempo import schemes
+from tempo.conditions import conditions
 from tempo.engine.coverage import TrustedProducts
 from tempo.engine.engine import Engine
 from tempo.engine.link import Link
@@ -18,12 +20,16 @@ from tempo.engine.memory import keep_heap
 from tempo.engine.stats import Stats
 from tempo.engine.truth import TruthRecorder
 from tempo.errors import ProtectionWarning, SettingsError
+from tempo.initial import Origin, origin
 from tempo.layers.protect import ProtectedLayer, protect, unprotect
+from tempo.schemes.base import Scheme
 from tempo.settings import Settings, parse
-from tempo.summary import Summary
+from tempo.summary import ProtectedModel, Summary
 from tempo.wire.address import Address
 
 M = TypeVar("M", bound=nn.Module)
+
+log = logging.getLogger("tempo")
 
 
 def connect(*workers: str, settings: Settings | None = None, **fields: Any) -> Session:
@@ -33,7 +39,7 @@ def connect(*workers: str, settings: Settings | None = None, **fields: Any) -> S
         workers: Addresses, ``[group:]host:port[@operator]`` or ``unix:path``. With none, local workers are started;
             they end with this process, however it ends.
         settings: A whole settings object, instead of ``fields``.
-        fields: Fields of `Settings`, ``scheme="tempo"`` say.
+        fields: Fields of `Settings`, ``placement="all"`` say.
 
     Returns:
         The session; use it as a context manager, or call `Session.close`.
@@ -80,20 +86,33 @@ class Session:
         self.name = name
         self._engine = Engine(settings, schemes.create(settings.scheme, settings), links, truth)
         self._layers: list[ProtectedLayer] = []
+        self._models: list[ProtectedModel] = []
+        self._said: set[str] = set()
+        self._presets: dict[str, Scheme] = {}
 
     @property
     def settings(self) -> Settings:
         """What the session was opened with."""
         return self._engine.settings
 
-    def protect(self, model: M, *, trusted: Sequence[str] = ()) -> M:
+    def protect(
+        self,
+        model: M,
+        *,
+        base: Literal["auto", "public", "secret"] | None = None,
+        trusted: Sequence[str] = (),
+        offload: Sequence[str] = (),
+    ) -> M:
         """Send the large linear operations of ``model`` to the workers from now on, under masks.
 
         In place: the same object, parameters and ``state_dict`` keys; its layers stay instances of their own types.
 
         Args:
             model: Any module with its parameters on the CPU.
+            base: Whether workers may know nearly the weights that it starts from; None: as the settings say. Decides
+                between `mix` and `mix-tuned` under ``scheme="mix"``.
             trusted: Modules to keep here, as shell patterns of their names, besides those of the settings.
+            offload: Layers to send in spite of what they see, besides those of the settings.
 
         Returns:
             ``model`` itself.
@@ -105,8 +124,15 @@ class Session:
         elsewhere = next((f"{n} is on {p.device}" for n, p in model.named_parameters() if p.device.type != "cpu"), None)
         if elsewhere is not None:
             raise SettingsError(f"protect(): {elsewhere}; the trusted side runs on the CPU: call model.cpu() first")
-        self._layers += protect(model, self._engine, [*self.settings.trusted, *trusted])
-        self._warn_of_known_breaks(model)
+        found = origin(model, base or self.settings.base)
+        scheme = self._scheme_for(found)
+        self._layers += protect(
+            model, self._engine, scheme, [*self.settings.trusted, *trusted], [*self.settings.offload, *offload]
+        )
+        if self._engine.truth is not None:
+            self._engine.truth.masked_by(scheme.name)
+        self._models.append(ProtectedModel(model, scheme, found))
+        self._warn_of_known_breaks(model, scheme, found)
         return model
 
     def unprotect(self, model: M) -> M:
@@ -114,11 +140,12 @@ class Session:
         unprotect(model)
         gone = set(model.modules())
         self._layers = [layer for layer in self._layers if layer.module not in gone]
+        self._models = [protected for protected in self._models if protected.model not in gone]
         return model
 
     def summary(self) -> Summary:
         """What is protected, what stays trusted and why, with shares of the forward FLOPs seen so far."""
-        return Summary(self._engine, self._layers)
+        return Summary(self._engine, self._layers, self._models)
 
     def stats(self) -> Stats:
         """Counts so far: encryptions, decryptions, FLOPs, bytes, seconds. Subtract two to measure a stretch."""
@@ -146,12 +173,25 @@ class Session:
     ) -> None:
         self.close()
 
-    def _warn_of_known_breaks(self, model: nn.Module) -> None:
-        """Say once, specifically, what is known to break this scheme on this model."""
-        # Hugging Face models remember where their weights came from; of others nothing is known.
-        origin = getattr(getattr(model, "config", None), "_name_or_path", "")
-        applies = {"always": True, "public-base": bool(origin)}
+    def _scheme_for(self, found: Origin) -> Scheme:
+        """The session's scheme, or the one that stands in for it on a public base."""
         scheme = self._engine.scheme
+        preset = scheme.traits.public_base_preset
+        if not preset:
+            return scheme
+        if found.base == "public" and preset != scheme.name:
+            if preset not in self._presets:
+                self._presets[preset] = schemes.create(preset, self.settings)
+                self._engine.check_workers(self._presets[preset])
+            scheme = self._presets[preset]
+        if (said := f"scheme {scheme.name!r}, base {found.base}: {found.why}") not in self._said:
+            self._said.add(said)
+            # Unless configured otherwise, Python shows warnings only: what costs more, or is not what was meant.
+            log.log(logging.WARNING if found.base == "public" else logging.INFO, "%s", said)
+        return scheme
+
+    def _warn_of_known_breaks(self, model: nn.Module, scheme: Scheme, found: Origin) -> None:
+        """Say once, specifically, what is known to break this scheme on this model."""
         if self.settings.insecure_no_tls:
             self._engine.warn_once(
                 "insecure_no_tls: anyone on the way to the workers can read and change masked tensors",
@@ -163,6 +203,7 @@ class Session:
                 f"{self.settings.insecure_record_truth!r}",
                 ProtectionWarning,
             )
+        applies = conditions(model, found)
         for condition, message in scheme.traits.known_breaks.items():
-            if applies.get(condition, False):
+            if condition in applies:
                 self._engine.warn_once(f"scheme {scheme.name!r}: {message}", ProtectionWarning)

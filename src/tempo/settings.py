@@ -16,14 +16,22 @@ Seconds = Annotated[float, Meta(gt=0, le=86400)]
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How a session protects, places and sends."""
 
-    scheme: str = "tempo"
+    scheme: str = "mix"
     """Name of the masking scheme; `tempo.schemes.names()` lists them."""
 
+    base: Literal["auto", "public", "secret"] = "auto"
+    """Whether workers may know nearly the weights that a model starts from. ``auto``: unless Tempo knows better, yes.
+    Where they may, scheme `mix` gives way to `mix-tuned`. In a recipe ``secret`` also makes them so."""
+
     placement: Literal["auto", "all"] = "auto"
-    """``auto`` offloads what pays; ``all`` offloads everything that can be, for tests, audits and comparisons."""
+    """``auto`` offloads what pays and is not too near inputs or labels; ``all`` everything that can be, for tests,
+    audits and comparisons."""
 
     trusted: tuple[str, ...] = ()
     """Modules to keep in the trusted process, as shell patterns of their names (``vit.embeddings.*``)."""
+
+    offload: tuple[str, ...] = ()
+    """Layers that ``auto`` may send in spite of what they see, the first or the last say; ``trusted`` wins."""
 
     wire_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What masked tensors travel as; ``auto`` follows the layer's compute dtype (float16 travels as float32)."""

@@ -8,12 +8,30 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from tempo.engine.engine import Engine
 from tempo.engine.site import Site
+from tempo.initial import Origin
 from tempo.layers.attention import Projections
 from tempo.layers.protect import ProtectedLayer
 from tempo.rendering import plain_text
+from tempo.schemes.base import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class ProtectedModel:
+    """A model under protection: by which scheme, and what its weights count as."""
+
+    model: nn.Module
+    scheme: Scheme
+    origin: Origin
+
+    def __str__(self) -> str:
+        return (
+            f"{type(self.model).__name__}: scheme {self.scheme.name}, base {self.origin.base} ({self.origin.why}): "
+            f"{self.scheme.traits.protects}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +50,8 @@ class Line:
 class Summary:
     """What is protected, what stays trusted and why. Print it."""
 
-    def __init__(self, engine: Engine, layers: Sequence[ProtectedLayer]) -> None:
-        self.scheme = engine.scheme.name
-        self.protects = engine.scheme.traits.protects
+    def __init__(self, engine: Engine, layers: Sequence[ProtectedLayer], models: Sequence[ProtectedModel] = ()) -> None:
+        self.models = list(models)
         self.workers = [
             f"{link.address} ({link.welcome.device}), {share:.0%} of the rows"
             for link, share in zip(engine.links, engine.planner.shares, strict=True)
@@ -51,7 +68,9 @@ class Summary:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         total = sum(line.offloaded + line.trusted for line in self.lines)
-        table = Table("layer", "type", "where", "why", title=f"scheme {self.scheme}: {self.protects}")
+        for model in self.models:
+            yield Text(str(model))
+        table = Table("layer", "type", "where", "why")
         table.add_column("FLOPs", justify="right")
         for line in self.lines:
             flops = line.offloaded + line.trusted

@@ -40,9 +40,14 @@ def test_bench_writes_json_to_standard_output(monkeypatch):
     monkeypatch.setitem(bench.WORKLOADS, "vit-small", tiny)
     result = CliRunner().invoke(app, ["bench", "--model", "vit-small", "--steps", "1", "--json", "-"])
     assert result.exit_code == 0, result.output
-    (figures,) = json.loads(result.stdout)
-    assert figures["model"] == "vit-small"
-    assert figures["machine"]["torch"]
+    figures = json.loads(result.stdout)
+    assert [found["scheme"] for found in figures] == ["tempo", "mix", "mix-tuned"]
+    for found in figures:
+        assert found["model"] == "vit-small"
+        assert found["machine"]["torch"]
+        assert found["encryptions"]["x"] > 0
+    # The classifier has fewer classes than a block of `mix` has features.
+    assert figures[0]["encryptions"]["x"] == figures[1]["encryptions"]["x"] + 1
 
 
 def test_doctor_shows_a_worker_and_says_what_is_wrong_with_another(workers, tmp_path):

@@ -141,7 +141,7 @@ def test_predict_says_which_input_it_cannot_read(trained: Path, tmp_path: Path, 
 
 
 def test_evaluate_and_predict_through_workers(trained: Path, tmp_path: Path, workers: list[str]) -> None:
-    address = ("--workers", workers[0], "--set", "session.placement=all")
+    address = ("--workers", workers[0], "--set", "session.placement=all", "--set", "session.scheme=tempo")
     plain, protected = (json.loads(run("evaluate", trained, "--json", *how).stdout) for how in (["--plain"], address))
     assert protected["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     assert protected["accuracy"] == plain["accuracy"]

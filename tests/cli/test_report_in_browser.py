@@ -1,4 +1,4 @@
-"""The audit's page in a real browser: headless Chromium, light and dark, on a telephone and on a wide screen.
+"""The audit's page in a real browser: headless Chromium, light and dark, from a telephone to a wide screen.
 
 With TEMPO_SCREENSHOTS=FOLDER the pictures stay there, to be looked at.
 """
@@ -29,7 +29,7 @@ from tempo.audit.weak import OneSided
 from tempo.schemes import create
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-WIDTHS = (360, 1400)
+WIDTHS = (360, 768, 1400)
 
 if CHROMIUM is None and not os.environ.get("CI"):
     pytest.skip("needs Chromium (apt-get install chromium); under CI it must be there", allow_module_level=True)

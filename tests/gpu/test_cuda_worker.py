@@ -24,7 +24,7 @@ def test_a_cuda_worker_gives_the_numbers_of_plain_pytorch(scheme, wire_dtype):
     x = torch.randn(16, 3, 8, 8)
     small = {"mix_block": 3, "mix_row_block": 2, "insecure_small_blocks": True}  # so that `mix` takes the first layer
     fields = {"scheme": scheme, "placement": "all", "local_device": "cuda", "wire_dtype": wire_dtype}
-    with tempo.connect(**fields, **small) as session:
+    with tempo.connect(base="secret", **fields, **small) as session:
         protected = session.protect(copy.deepcopy(plain))
         for model in (plain, protected):
             model(x).square().mean().backward()

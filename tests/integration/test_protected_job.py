@@ -30,7 +30,11 @@ VIT = {
     "data": {"train_limit": 70, "test_limit": 20, "batch_size": 16, "augment": ["crop"]},
     "schedule": {"name": "cosine"},
     "run": {"steps": 8, "checkpoint_every": 4},
-    "session": {"placement": "all", "trusted": ["*patch_embeddings*"]},
+    "session": {"placement": "all", "trusted": ["*patch_embeddings*"], "scheme": "tempo"},
+}
+MIX = {
+    "model": {"name": "vit-small", "width": 32, "depth": 1, "heads": 2, "mlp": 32},
+    "session": {"scheme": "mix", "base": "secret"},
 }
 
 
@@ -40,7 +44,7 @@ def recipe(folder: Path, **tables: dict[str, Any]) -> Recipe:
     return recipes.parse(values, "test")
 
 
-def train(job: Recipe, **options: bool) -> tuple[Outcome, str]:
+def train(job: Recipe, **options: Any) -> tuple[Outcome, str]:
     out = io.StringIO()
     outcome = training.train(job, Console(file=out, width=200), **options)
     return outcome, out.getvalue()
@@ -127,7 +131,7 @@ def test_no_key_reaches_a_checkpoint(tmp_path: Path, workers: list[str]) -> None
     found = CheckpointStore(tmp_path / "checkpoints").load()
     assert set(found.tensors) == {"model", "optimizer", "generators"}
     assert set(found.state) == {
-        "recipe", "format", "elapsed", "trusted", "optimizer", "scheduler", "generators", "order",
+        "recipe", "format", "elapsed", "base", "trusted", "optimizer", "scheduler", "generators", "order",
     }  # fmt: skip
 
 
@@ -146,7 +150,8 @@ def test_the_comparison_ends_with_a_picture(tmp_path: Path, workers: list[str]) 
 
 def test_evaluation_through_workers_equals_plain(tmp_path: Path, workers: list[str]) -> None:
     outcome, _ = train(recipe(tmp_path), plain=True)
-    trained = inference.load(tmp_path, [f'session.workers=["{workers[0]}"]', "session.placement=all"])
+    overrides = [f'session.workers=["{workers[0]}"]', "session.placement=all", "session.scheme=tempo"]
+    trained = inference.load(tmp_path, overrides)
     test = training.data.load("digits", 70, 20).test
     with inference.protected(trained.model, trained.recipe.session) as session:
         loss, accuracy = inference.evaluate(trained.model, test, trained.format, 16)
@@ -154,3 +159,58 @@ def test_evaluation_through_workers_equals_plain(tmp_path: Path, workers: list[s
         assert session.stats().flops_offloaded > 0
     assert loss == pytest.approx(outcome.loss, rel=1e-5)
     assert accuracy == outcome.accuracy
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return CheckpointStore(folder).load().tensors["model"]
+
+
+def test_a_secret_base_is_no_function_of_the_seed_and_the_comparison_starts_from_it(
+    tmp_path: Path, workers: list[str]
+) -> None:
+    job = recipe(
+        tmp_path / "job",
+        model=MIX["model"],
+        session={**MIX["session"], "workers": workers[:1]},
+        run={"compare_plain": True, "steps": 4},
+    )
+    outcome, text = train(job)
+    assert "scheme mix, base secret (base='secret' was given)" in text
+    initial = weights(tmp_path / "job/initial")
+    torch.manual_seed(job.run.seed)
+    guessed = job.model.build(1, 8, 10).state_dict()
+    name = "vit.encoder.layer.0.intermediate.dense.weight"
+    name = name if name in guessed else next(n for n in guessed if guessed[n].shape == (32, 32))
+    assert torch.equal(guessed[name].flatten().sort().values, initial[name].flatten().sort().values)
+    assert (guessed[name] == initial[name]).sum() < 12
+    out = io.StringIO()
+    compare(job, Console(file=out, width=200), outcome)
+    assert losses(tmp_path / "job/plain") == pytest.approx(losses(tmp_path / "job"), rel=1e-4)
+    assert inference.load(tmp_path / "job").checkpoint.state["base"] == "secret"
+
+
+def test_a_resumed_run_keeps_the_preset_it_began_with(tmp_path: Path, workers: list[str]) -> None:
+    secret = {**MIX["session"], "workers": workers[:1]}
+    job = recipe(tmp_path / "job", model=MIX["model"], session=secret)
+    train(job)
+    straight = losses(tmp_path / "job")
+    shutil.rmtree(tmp_path / "job/checkpoints/step-00000008")
+    _, text = train(recipe(tmp_path / "job", model=MIX["model"], session={**secret, "base": "auto"}), resume=True)
+    assert "scheme mix, base secret" in text
+    assert losses(tmp_path / "job") == pytest.approx(straight, rel=1e-4)
+
+    # Weights that a seed gave do not become secret later.
+    train(recipe(tmp_path / "seeded", model=MIX["model"], session=secret), plain=True)
+    shutil.rmtree(tmp_path / "seeded/checkpoints/step-00000008")
+    _, text = train(recipe(tmp_path / "seeded", model=MIX["model"], session=secret), resume=True)
+    assert "scheme mix-tuned, base public" in text
+
+
+@pytest.mark.parametrize("base", ["auto", "public"])
+def test_a_recipe_whose_weights_depend_on_the_seed_has_a_public_base(
+    tmp_path: Path, workers: list[str], base: str
+) -> None:
+    session = {"scheme": "mix", "base": base, "workers": workers[:1]}
+    job = recipe(tmp_path, model=MIX["model"], session=session, run={"steps": 1})
+    assert "scheme mix-tuned, base public" in train(job)[1]
+    assert not (tmp_path / "initial").exists()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+import types
+import warnings
 import weakref
 
 import pytest
@@ -10,7 +13,9 @@ import torch
 from torch import nn
 
 import tempo
-from tempo.errors import SessionClosedError, SettingsError
+from tempo.conditions import conditions
+from tempo.errors import ProtectionWarning, SessionClosedError, SettingsError
+from tempo.initial import origin
 from tempo.settings import Settings
 
 
@@ -56,7 +61,7 @@ def test_several_models_share_a_session_and_models_move_between_sessions(connect
 
 
 def test_closing_twice_is_fine_and_leaving_the_block_closes(workers):
-    with tempo.connect(workers[0], placement="all") as session:
+    with tempo.connect(workers[0], placement="all", scheme="tempo") as session:
         model = session.protect(nn.Linear(4, 3))
     session.close()
     with pytest.raises(SessionClosedError):
@@ -98,3 +103,76 @@ def test_a_session_without_its_model_keeps_no_graph_alive(connect):
     del hidden
     gc.collect()
     assert alive() is None
+
+
+def wide() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+
+
+def scheme_of(model: nn.Module) -> str:
+    return model[0]._tempo.scheme.name
+
+
+@pytest.mark.parametrize(
+    ("scheme", "base", "expected"),
+    [
+        ("mix", "secret", "mix"),
+        ("mix", "public", "mix-tuned"),
+        ("mix", "auto", "mix-tuned"),
+        ("mix-tuned", "secret", "mix-tuned"),
+        ("tempo", "public", "tempo"),
+    ],
+)
+@pytest.mark.parametrize("place", ["settings", "call"])
+def test_the_base_chooses_the_preset_of_mix(connect, scheme, base, expected, place):
+    session = connect(scheme=scheme, base=base if place == "settings" else "auto")
+    model = session.protect(wide(), base=base if place == "call" else None)
+    assert scheme_of(model) == expected
+    x = torch.linspace(-1, 1, 3 * 32).sin().view(3, 32)
+    torch.testing.assert_close(model(x), wide()(x), rtol=1e-4, atol=1e-5)
+    assert session.stats().flops_offloaded > 0
+
+
+def test_one_session_may_hold_models_of_both_bases(connect, caplog):
+    session = connect(scheme="mix", base="auto")
+    with caplog.at_level("INFO", logger="tempo"):
+        models = [session.protect(m) for m in (tempo.secret_initialisation(wide()), wide(), wide())]
+    assert [scheme_of(model) for model in models] == ["mix", "mix-tuned", "mix-tuned"]
+    assert models[1][0]._tempo.scheme is models[2][0]._tempo.scheme
+    said = [(record.levelname, record.getMessage().split(":")[0]) for record in caplog.records]
+    assert said == [("INFO", "scheme 'mix', base secret"), ("WARNING", "scheme 'mix-tuned', base public")]
+
+
+def test_the_record_of_the_truth_names_the_schemes_that_were_used(connect, tmp_path):
+    session = connect(scheme="mix", insecure_record_truth=str(tmp_path))
+    (manifest,) = tmp_path.glob("*/manifest.json")
+    for base, expected in (("public", "mix-tuned"), ("public", "mix-tuned"), ("secret", "mix-tuned, mix")):
+        session.protect(wide(), base=base)
+        assert json.loads(manifest.read_text())["scheme"] == expected
+
+
+def test_a_public_base_under_a_scheme_that_it_breaks_is_warned_of_once(connect):
+    for scheme, match in (("tempo", "signatures against the public checkpoint"), ("mix", "gives a fine-tuned change")):
+        session = connect(scheme=scheme)
+        model = wide()
+        model.config = types.SimpleNamespace(_name_or_path="somebody/model", hidden_act="quick_gelu")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            session.protect(model)
+            session.protect(session.unprotect(model))
+        assert [w.category for w in caught if match in str(w.message)] == [ProtectionWarning]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU()), {"always", "relu"}),
+        (nn.Sequential(nn.Linear(4, 4), nn.SiLU()), {"always", "relu"}),
+        (nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()), {"always"}),
+    ],
+)
+def test_activations_that_keep_signs_are_seen(model, expected):
+    assert conditions(model, origin(model)) == expected
+    model.config = types.SimpleNamespace(_name_or_path="", activation_function="gelu_new")
+    assert conditions(model, origin(model, "public")) == {"always", "relu", "public-base"}

@@ -81,7 +81,7 @@ def test_the_printed_report_names_scheme_workers_places_and_shares(connect):
     model = session.protect(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 18)), trusted=["2"])
     model(torch.ones(4, 6))
     text = str(session.summary())
-    assert "scheme insecure-plain: nothing" in text
+    assert "Sequential: scheme insecure-plain, base secret (base='secret' was given): nothing" in text
     assert "75% of the rows" in text
     assert "25% of the rows" in text
     assert "25.0% of these layers' forward FLOPs went to workers" in text
@@ -91,7 +91,7 @@ def test_the_printed_report_names_scheme_workers_places_and_shares(connect):
 
 def test_too_few_flops_are_the_reason_under_automatic_placement(connect):
     session = connect(placement="auto")
-    model = session.protect(nn.Linear(4, 4))
+    model = session.protect(nn.Linear(4, 4), offload=["*"])
     model(torch.ones(2, 4))
     (line,) = session.summary().lines
     assert line.name == "Linear"
@@ -108,3 +108,14 @@ def test_unprotecting_one_model_leaves_the_report_of_another(connect):
     session.unprotect(second)
     assert session.summary().lines == []
     assert session.summary().unsupported == []
+
+
+def test_a_session_names_the_scheme_of_each_model_and_why(connect):
+    session = connect(scheme="mix", base="auto")
+    models = [session.protect(nn.Linear(4, 4), base=base) for base in ("secret", None)]
+    lines = [str(model) for model in session.summary().models]
+    assert lines[0].startswith("Linear: scheme mix, base secret (base='secret' was given): resists")
+    assert lines[1].startswith("Linear: scheme mix-tuned, base public (nothing is known of where its weights come from")
+    assert all(line.split(" (")[0] in str(session.summary()) for line in lines)
+    session.unprotect(models[0])
+    assert [str(model) for model in session.summary().models] == lines[1:]

@@ -100,7 +100,7 @@ def record(
         scores: Tensor = getattr(output, "logits", output)
         return scores.square().mean()
 
-    recorded = lab.train(victim, batches(), loss, lr=lr, base="public", **fields)
+    recorded = lab.train(victim, batches(), loss, lr=lr, **fields)
     public = {name: w.detach().clone() for name, w in base.state_dict().items()}
     data = Samples(attackers, torch.zeros(len(attackers), dtype=torch.long))
     knowledge = Knowledge(lambda: copy.deepcopy(base), public, data)

@@ -122,7 +122,7 @@ class _Subject:
 def _subjects(report: Report) -> Iterator[_Subject]:
     taken: set[str] = set()
     for title, runs in levels.subjects(report).items():
-        subject = _unique(_slug(title), taken)
+        subject = _unique(_slug(f"scheme {title}"), taken)
         audited = [_audited(run, _unique(f"{subject}-{_slug(run.title)}-{run.base}", taken)) for run in runs]
         yield _Subject(subject, title, _subject_summary(title, runs), audited)
 
@@ -164,10 +164,9 @@ def _subject_summary(title: str, runs: list[Run]) -> str:
     for level, standing in stands:
         if standing.verdict == "broken" and standing.decisive is not None:
             _, finding = standing.decisive
-            less = (
-                f" With less, {failed} attack{' was' if failed == 1 else 's were'} tried and failed." if failed else ""
-            )
-            return f"Broken {WHOM[level.key]}: {finding.attack}, {sentence(finding.figures[0])}{less}"
+            attempts = "1 attempt was" if failed == 1 else f"{failed} attempts were"
+            less = f" With less, {attempts} made and failed." if failed else ""
+            return f"Broken {WHOM[level.key]}: {finding.attack}, {_sentence(finding.figures[0])}{less}"
         failed = max(failed, standing.tried)
     return "Every attack that was tried and scored failed. That is a statement about these attacks, not a proof."
 
@@ -180,10 +179,10 @@ def _level_summary(tried: list[Finding]) -> str:
         opening = f"The one attack {'succeeded' if count else 'failed'}, {tried[0].attack}"
     else:
         opening = f"{count or 'None'} of {len(tried)} attacks succeeded. The furthest, {tried[0].attack}"
-    return f"{opening}: {sentence(tried[0].figures[0])}"
+    return f"{opening}: {_sentence(tried[0].figures[0])}"
 
 
-def sentence(figure: Figure) -> str:
+def _sentence(figure: Figure) -> str:
     """A figure in words, with its floors."""
     floors = [("chance", figure.chance), ("in clear", figure.ceiling)]
     known = ", ".join(f"{name} {number(value)}" for name, value in floors if value is not None)

@@ -55,16 +55,17 @@ class Knowledge:
         from tempo.audit.lab import product_order
 
         ours = product_order(self.architecture(), self.data.inputs[:2], self.trusted)
-        # A scheme keeps products at home that are too small for it: the worker never saw their shapes. Of two operators
-        # that hold half the columns each, one sees half the output features.
+        # Of two operators that hold half the columns each, one sees half the output features.
+        fitting = [(names, {shape, (shape[0] // 2, *shape[1:])}) for names, shape in ours]
+        # A scheme keeps products at home that are too small for it: the worker never saw their shapes.
         seen = {tuple(call.w.shape) for call in view.calls}
-        ours = [(names, shape) for names, shape in ours if {shape, (shape[0] // 2, *shape[1:])} & seen]
+        fitting = [(names, shapes) for names, shapes in fitting if shapes & seen]
         for step in view.steps:
             calls = [call for call in view.at(step) if call.y is not None]
-            for start in range(len(calls) - len(ours) + 1 if ours else 0):
-                part = calls[start : start + len(ours)]
-                if all(tuple(call.w.shape[1:]) == shape[1:] for call, (_, shape) in zip(part, ours, strict=True)):
-                    return {call.layer: names for call, (names, _) in zip(part, ours, strict=True)}
+            for start in range(len(calls) - len(fitting) + 1 if fitting else 0):
+                part = calls[start : start + len(fitting)]
+                if all(tuple(call.w.shape) in shapes for call, (_, shapes) in zip(part, fitting, strict=True)):
+                    return {call.layer: names for call, (names, _) in zip(part, fitting, strict=True)}
         return {}
 
     def base_weight(self, names: list[str]) -> Tensor | None:

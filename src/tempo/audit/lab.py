@@ -23,6 +23,7 @@ from tempo.audit.truth import Truth
 from tempo.engine.batch import Posted
 from tempo.engine.link import ACKNOWLEDGED, Link
 from tempo.engine.measure import Measurement
+from tempo.initial import Base
 from tempo.schemes.base import Scheme
 from tempo.session import Session
 from tempo.settings import Settings, parse
@@ -113,6 +114,9 @@ class _Memory:
         self.records: dict[tuple[int, int, int, str], dict[str, Tensor]] = {}
         self.names: dict[int, str] = {}
 
+    def masked_by(self, scheme: str) -> None:
+        pass  # the caller knows
+
     def named(self, layer: int, name: str) -> None:
         self.names[layer] = name
 
@@ -183,7 +187,7 @@ def train(
     lr: float = 0.05,
     optimizer: torch.optim.Optimizer | None = None,
     trusted: tuple[str, ...] = (),
-    base: str = "secret",
+    base: Base = "secret",
     **fields: Any,
 ) -> Lab:
     """Train ``model`` for one pass over ``batches`` in a lab, and return what was recorded; the model is plain again.
@@ -209,7 +213,7 @@ def train(
     return lab
 
 
-def protect(session: Session, model: nn.Module, trusted: tuple[str, ...], base: str) -> None:
+def protect(session: Session, model: nn.Module, trusted: tuple[str, ...], base: Base) -> None:
     """Protect, without the warnings that are meant for users: an audit knows what it plays with."""
     import warnings
 
@@ -217,7 +221,7 @@ def protect(session: Session, model: nn.Module, trusted: tuple[str, ...], base: 
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ProtectionWarning)
-        session.protect(model, trusted=trusted)
+        session.protect(model, base=base, trusted=trusted)
 
 
 def product_order(

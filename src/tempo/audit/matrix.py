@@ -156,7 +156,7 @@ def _note(report: Report, runs: list[Run], finding: Finding) -> str:
     broken = sum(f.verdict == "broken" for _, f in scored)
     control = levels.control_of(report, finding.attack)
     parts = [
-        f"{_code(finding.attack)}: {_plain(figure.name)} {number(figure.value)}",
+        f"{_code(finding.attack)}: {_plain(figure.name)} = {number(figure.value)}",
         *([f"chance {number(figure.chance)}"] if figure.chance is not None else []),
         *([f"in clear {number(figure.ceiling)}"] if figure.ceiling is not None else []),
         *([_from(figure)] if figure.leaks is not None else []),

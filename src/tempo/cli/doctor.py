@@ -12,12 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tempo import __version__
+from tempo import __version__, schemes
 from tempo.engine.geometry import flops
 from tempo.engine.link import Link
 from tempo.engine.placement import Planner
 from tempo.errors import TempoError
-from tempo.settings import parse
+from tempo.settings import Settings, parse
 from tempo.wire.address import Address
 from tempo.wire.messages import Conv, Linear, Product
 
@@ -76,12 +76,13 @@ def doctor(
 
 def _gain(links: list[Link]) -> Table:
     """What a training step of some typical layers would take here and through the workers, by the planner's model."""
-    planner = Planner("auto", links)
-    table = Table("layer", title="one training step in float32: here, or through these workers (estimate)")
+    planner, scheme = Planner("auto", links), schemes.create(Settings().scheme)
+    title = f"one training step in float32: here, or through these workers under {scheme.name} (estimate)"
+    table = Table("layer", title=title)
     for heading in ("here", "masking", "wire", "workers", "gain"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, (product, x, w) in _LAYERS.items():
-        estimate = planner.estimate(x, w, flops(product, x, w), torch.float32, training=True)
+        estimate = planner.estimate(scheme, x, w, flops(product, x, w), torch.float32, training=True)
         total = estimate.cost + estimate.worker
         cells = (estimate.saved, estimate.mask, estimate.wire, estimate.worker)
         table.add_row(name, *(f"{seconds * 1e3:,.0f} ms" for seconds in cells), f"{estimate.saved / total:.1f} ×")

@@ -33,7 +33,7 @@ class Engine:
 
     Args:
         settings: The session's settings.
-        scheme: The masking scheme.
+        scheme: The scheme that the settings name; sites may use another.
         links: One per worker; their order is the workers' numbering.
         truth: Records plain operands, if the user asked for that insecure thing.
     """
@@ -41,18 +41,13 @@ class Engine:
     def __init__(
         self, settings: Settings, scheme: Scheme, links: Sequence[Link], truth: TruthRecorder | None = None
     ) -> None:
-        traits = scheme.traits
-        operators = {link.address.operator for link in links}
-        if len(links) < traits.min_workers:
-            raise SchemeError(f"scheme {scheme.name!r} needs {traits.min_workers} workers; {len(links)} given")
-        if traits.distinct_operators and len(operators) < len(links):
-            raise SchemeError(f"scheme {scheme.name!r} needs workers of distinct operators (host:port@operator)")
         self.settings = settings
         self.scheme = scheme
         self.links = list(links)
+        self.check_workers(scheme)
         self.keys = KeySchedule()
         self.stats = Stats()
-        self.planner = Planner(settings.placement, self.links, traits.mask_seconds_per_element)
+        self.planner = Planner(settings.placement, self.links)
         self.sharing = InputSharing()
         self.step = 0
         self.truth = truth
@@ -80,6 +75,15 @@ class Engine:
         self._backward_since_step = True
 
     # --- workers ------------------------------------------------------------------------------------------------
+
+    def check_workers(self, scheme: Scheme) -> None:
+        """Raise `SchemeError` if ``scheme`` does not work with these workers."""
+        traits = scheme.traits
+        operators = {link.address.operator for link in self.links}
+        if len(self.links) < traits.min_workers:
+            raise SchemeError(f"scheme {scheme.name!r} needs {traits.min_workers} workers; {len(self.links)} given")
+        if traits.distinct_operators and len(operators) < len(self.links):
+            raise SchemeError(f"scheme {scheme.name!r} needs workers of distinct operators (host:port@operator)")
 
     def targets(self, number: int, rows: int, flops: int, operators: int = 1) -> list[Target]:
         """Which workers take part in a product, and with which share of its rows.

@@ -12,6 +12,7 @@ import torch
 
 from tempo.engine.dtypes import WIRE_DTYPES
 from tempo.engine.link import Link
+from tempo.schemes.base import Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +47,25 @@ class Planner:
     Args:
         placement: ``all`` sends everything that can be sent; ``auto`` what pays.
         links: The session's workers.
-        mask_seconds_per_element: What masking costs under the session's scheme.
 
     The workers' own compute time is left out: a worker stands for a GPU, and a local CPU worker for trying things out.
     """
 
-    def __init__(self, placement: str, links: Sequence[Link], mask_seconds_per_element: float = 1.5e-9) -> None:
+    def __init__(self, placement: str, links: Sequence[Link]) -> None:
         self.placement = placement
-        self.mask_seconds_per_element = mask_seconds_per_element
         self.measurements = [link.measure() for link in links]
         total = sum(m.flops_per_s for m in self.measurements)
         self.shares = [m.flops_per_s / total for m in self.measurements]
         self.trusted_flops_per_s = measure_trusted_flops() if placement == "auto" else float("inf")
         self._decisions: dict[tuple[object, ...], Decision] = {}
 
-    def decide(self, x: Sequence[int], w: Sequence[int], flops: int, dtype: torch.dtype, training: bool) -> Decision:
+    def decide(
+        self, scheme: Scheme, x: Sequence[int], w: Sequence[int], flops: int, dtype: torch.dtype, training: bool
+    ) -> Decision:
         """Place one call.
 
         Args:
+            scheme: What would mask it.
             x: Shape of the input.
             w: Shape of the weight, output features first.
             flops: Of one pass.
@@ -72,13 +74,12 @@ class Planner:
         """
         if self.placement == "all":
             return OFFLOADED
-        key = (tuple(x), tuple(w), flops, dtype, training)
+        key = (scheme, tuple(x), tuple(w), flops, dtype, training)
         if key not in self._decisions:
-            self._decisions[key] = self._weigh(x, w, flops, dtype, training)
+            self._decisions[key] = self._weigh(self.estimate(scheme, x, w, flops, dtype, training))
         return self._decisions[key]
 
-    def _weigh(self, x: Sequence[int], w: Sequence[int], flops: int, dtype: torch.dtype, training: bool) -> Decision:
-        estimate = self.estimate(x, w, flops, dtype, training)
+    def _weigh(self, estimate: Estimate) -> Decision:
         if estimate.saved > estimate.cost:
             return OFFLOADED
         return Decision(
@@ -87,14 +88,24 @@ class Planner:
             f"{estimate.cost * 1e3:.2f} ms to mask and send",
         )
 
-    def estimate(self, x: Sequence[int], w: Sequence[int], flops: int, dtype: torch.dtype, training: bool) -> Estimate:
+    def estimate(
+        self, scheme: Scheme, x: Sequence[int], w: Sequence[int], flops: int, dtype: torch.dtype, training: bool
+    ) -> Estimate:
         """What sending one call out saves and costs the trusted side; arguments as for `decide`."""
-        inputs = prod(x)
-        outputs = flops // (2 * (prod(w) // w[0]))  # every output element takes two operations per weight in its row
-        weights = prod(w) if training else 0  # an unchanged weight is masked once
+        filled = scheme.rows_sent(x[0]) / x[0]  # with the rows that a scheme adds
+        inputs = round(prod(x) * filled)
+        # Every output element takes two operations per weight in its row.
+        outputs = round(flops // (2 * (prod(w) // w[0])) * filled)
+        # An unchanged weight is masked once, if its masks are kept.
+        weights = prod(w) if training or scheme.traits.fresh_every_call else 0
         up, down = inputs + weights, outputs
-        if training:
+        mask = inputs * scheme.mask_seconds_per_element(x[1]) + outputs * scheme.mask_seconds_per_element(w[0])
+        mask += weights * scheme.mask_seconds_per_element(max(x[1], w[0]))
+        if training:  # as much again: g goes up; dx and dw come down
             up, down = up + outputs, down + inputs + weights
+            mask *= 2
+            # What added rows contribute to the weight gradient is computed here, and taken off.
+            mask += flops * (filled - 1) / self.trusted_flops_per_s
         size = WIRE_DTYPES.get(dtype, dtype).itemsize
         passes = 3 if training else 1
         upload = sum(m.upload_bytes_per_s for m in self.measurements)
@@ -102,9 +113,9 @@ class Planner:
         latency = max(m.latency_s for m in self.measurements) * (2 if training else 1)
         return Estimate(
             saved=flops * passes / self.trusted_flops_per_s,
-            mask=(up + down) * self.mask_seconds_per_element,
+            mask=mask,
             wire=size * (up / upload + down / download) + latency,
-            worker=flops * passes / sum(m.flops_per_s for m in self.measurements),
+            worker=flops * filled * passes / sum(m.flops_per_s for m in self.measurements),
         )
 
 

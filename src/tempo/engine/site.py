@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from tempo.engine.geometry import flops
 from tempo.engine.placement import Decision
 from tempo.engine.product import Product
 from tempo.engine.sharing import Group, Parameters, Stash
+from tempo.errors import ProtectionWarning
 from tempo.schemes.base import Scheme
 from tempo.wire.messages import Conv, Linear
 
@@ -52,6 +54,7 @@ class Site:
         self.neighbours: list[tuple[Site, Parameters]] = []
         self._products: dict[Linear | Conv, Product] = {}
         self._stash: Stash | None = None
+        self._span_warned = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> Site:
         """A copy of a layer is a layer of its own: same session, own labels, own masks."""
@@ -88,6 +91,7 @@ class Site:
             return trusted()
         if kind.groups == 1 and all(size == 1 for size in weight.shape[2:]) and not any(kind.padding):
             return self._pointwise(x, weight, bias, kind)
+        self._warn_of_span(x)
         (y,) = offload(self._product(kind), x.to(compute_dtype(x, weight)), [weight], [bias])
         return y
 
@@ -97,6 +101,18 @@ class Site:
         pixels = strided.movedim(1, -1)
         (y,) = self.compute(self._product(Linear()), pixels, [weight.flatten(1)], [bias])
         return y.movedim(-1, 1)
+
+    def _warn_of_span(self, x: Tensor) -> None:
+        """Masks mix whole maps: with fewer maps than pixels, an image is in their span only if it was in the batch."""
+        maps, pixels = x.shape[0] * x.shape[1], prod(x.shape[2:])
+        if maps < pixels and not self._span_warned:
+            self._span_warned = True
+            self.engine.warn_once(
+                f"layer {self.name!r}: batch × channels is {maps}, below the {pixels} pixels of a map, so workers can "
+                "tell whether a picture that they know is in the batch; raise the batch size, or keep the layer here "
+                f"(trusted={self.name!r})",
+                ProtectionWarning,
+            )
 
     def compute(self, product: Product, x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
         """Send ``x`` of shape (..., features) out as rows."""
@@ -116,7 +132,7 @@ class Site:
             decision = Decision(False, reason)
         else:
             training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-            decision = self.engine.planner.decide(shape, tuple(weight.shape), cost, dtype, training)
+            decision = self.engine.planner.decide(self.scheme, shape, tuple(weight.shape), cost, dtype, training)
         self.usage.reason = decision.reason
         if decision.offload:
             self.usage.offloaded += cost

@@ -25,9 +25,20 @@ class TruthRecorder:
     def __init__(self, folder: str, session: str, scheme: str) -> None:
         self._folder = Path(folder) / session
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        manifest = {"version": VERSION, "session": session, "scheme": scheme}
-        (self._folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        self._session = session
+        self._schemes: list[str] = []
+        self._write_manifest(scheme)
         self._names: dict[int, str] = {}
+
+    def masked_by(self, scheme: str) -> None:
+        """Note a scheme that a model is protected by: a preset, perhaps, of the one that the settings name."""
+        if scheme not in self._schemes:
+            self._schemes.append(scheme)
+            self._write_manifest(", ".join(self._schemes))
+
+    def _write_manifest(self, scheme: str) -> None:
+        manifest = {"version": VERSION, "session": self._session, "scheme": scheme}
+        (self._folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
     def named(self, layer: int, name: str) -> None:
         """Note the name behind a layer's number."""

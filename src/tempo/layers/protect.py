@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -15,11 +15,12 @@ from tempo.engine.site import Site
 from tempo.errors import ProtectionWarning, SettingsError
 from tempo.layers import layer_type
 from tempo.layers.base import Protected, overrides, protected_class
+from tempo.layers.exposed import CONVOLUTIONS, exposed_layers
+from tempo.schemes.base import Scheme
+from tempo.wire.messages import Conv, Linear
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-RAW_CHANNELS = 4
-"""A convolution on at most this many channels sees raw pixels or samples."""
+_LARGE_SHARE = 0.1
+"""A last layer of this share of the parameters or more is worth a word about what it costs to keep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,17 @@ class ProtectedLayer:
     """None for a module of no supported type that holds matrices of its own."""
 
 
-def protect(model: nn.Module, engine: Engine, trusted: Sequence[str]) -> list[ProtectedLayer]:
+def protect(
+    model: nn.Module, engine: Engine, scheme: Scheme, trusted: Sequence[str], offload: Sequence[str]
+) -> list[ProtectedLayer]:
     """Swap the class of every supported layer of ``model``.
 
     Args:
         model: Any module; changed in place.
         engine: Where products go.
+        scheme: What masks them.
         trusted: Shell patterns of module names that stay in the trusted process.
+        offload: The same of layers that may go out although they are `exposed_layers`.
 
     Returns:
         The layers found, whether they go out or not, then the unsupported ones.
@@ -48,26 +53,19 @@ def protect(model: nn.Module, engine: Engine, trusted: Sequence[str]) -> list[Pr
     """
     if any(isinstance(module, Protected) for module in model.modules()):
         raise SettingsError("this model is protected already; call unprotect() of its session first")
-    supported = [(name, module, entry) for name, module in model.named_modules() if (entry := layer_type(module))]
     inside = _inside_attention(model)
-    _check_patterns(trusted, [name for name, _, entry in supported if entry.computes and name not in inside], inside)
+    supported = [
+        (name, module, entry)
+        for name, module in model.named_modules()
+        if (entry := layer_type(module)) and name not in inside
+    ]
+    layers = [(name, module) for name, module, entry in supported if entry.computes]
+    for setting, patterns in (("trusted", trusted), ("offload", offload)):
+        _check_patterns(setting, patterns, [name for name, _ in layers], inside)
+    kept = _reasons_to_keep(model, layers, engine, scheme, trusted, offload)
     found = []
-    convolutions_seen = 0
     for name, module, entry in supported:
-        if name in inside:
-            continue
-        reason = _reason_to_keep(name, module, trusted)
-        if isinstance(module, _CONVOLUTIONS):
-            convolutions_seen += 1
-            if reason is None and (convolutions_seen == 1 or module.in_channels <= RAW_CHANNELS):
-                if engine.settings.placement == "auto":
-                    reason = "first convolution: few FLOPs on the rawest pixels"
-                else:
-                    engine.warn_once(
-                        f"layer {name!r} is a convolution on near-raw input; masks leave its spatial axes as they are, "
-                        f"so workers get to see mixed pictures (trusted={name!r} keeps it here)",
-                        ProtectionWarning,
-                    )
+        reason = kept.get(name)
         lazy = any(is_lazy(p) for p in module.parameters(recurse=False))
         if lazy:
             reason = "its parameters are lazy: run one batch, then protect"
@@ -75,7 +73,7 @@ def protect(model: nn.Module, engine: Engine, trusted: Sequence[str]) -> list[Pr
         if bypass is not None:
             reason = f"{bypass} overrides what Tempo would replace"
             warnings.warn(f"layer {name!r} stays trusted: {reason}", stacklevel=3)
-        site = entry.make_site(Site(engine, name or type(module).__name__, engine.scheme, reason))
+        site = entry.make_site(Site(engine, name or type(module).__name__, scheme, reason))
         if bypass is None and not lazy:
             # Not through __setattr__: a module would look for a parameter or submodule of that name.
             module.__dict__["_tempo"] = site
@@ -118,16 +116,16 @@ def _inside_attention(model: nn.Module) -> set[str]:
     return {f"{name}.out_proj".removeprefix(".") for name, _ in attentions}
 
 
-def _check_patterns(trusted: Sequence[str], layers: Sequence[str], inside_attention: set[str]) -> None:
-    """Refuse a pattern that would keep nothing: a typo must not send a layer out."""
-    for pattern in trusted:
+def _check_patterns(setting: str, patterns: Sequence[str], layers: Sequence[str], inside_attention: set[str]) -> None:
+    """Refuse a pattern that covers nothing: a typo must not send a layer out."""
+    for pattern in patterns:
         split = next((name for name in inside_attention if fnmatchcase(name, pattern)), None)
         if split is not None and not _covers(pattern, split.rpartition(".")[0]):
             raise SettingsError(
-                f"trusted={pattern!r} names {split!r}, which goes where its attention layer goes: name that one"
+                f"{setting}={pattern!r} names {split!r}, which goes where its attention layer goes: name that one"
             )
         if not any(_covers(pattern, layer) for layer in layers):
-            raise SettingsError(f"trusted={pattern!r} covers none of the layers that would go out")
+            raise SettingsError(f"{setting}={pattern!r} covers none of the layers that could go out")
 
 
 def _covers(pattern: str, name: str) -> bool:
@@ -136,15 +134,82 @@ def _covers(pattern: str, name: str) -> bool:
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
-def _reason_to_keep(name: str, module: nn.Module, trusted: Sequence[str]) -> str | None:
-    """Why a layer never goes out, or None."""
+def _reasons_to_keep(
+    model: nn.Module,
+    layers: Sequence[tuple[str, nn.Module]],
+    engine: Engine,
+    scheme: Scheme,
+    trusted: Sequence[str],
+    offload: Sequence[str],
+) -> dict[str, str]:
+    """Why layers never go out, by name; warns of exposed ones that do, and of what keeping them costs."""
+    kept = {name: reason for name, module in layers if (reason := _own_reason(name, module, trusted))}
+    chosen = len(kept) == len(layers)
+    refused = {name for name, module in layers if _refused(scheme, module)}
+    careful = engine.settings.placement == "auto"
+    by_exposure = []
+    exposed = exposed_layers(model, layers)
+    for name, found in exposed.items():
+        if name in kept or any(_covers(pattern, name) for pattern in offload):
+            continue
+        if careful:
+            kept[name] = found.reason
+            by_exposure.append(name)
+        elif name not in refused:
+            engine.warn_once(f"layer {name!r} {found.risk} (trusted={name!r} keeps it here)", ProtectionWarning)
+    if not chosen and kept.keys() | refused >= {name for name, _ in layers}:
+        _warn_that_nothing_goes_out(engine, scheme, by_exposure, refused)
+    elif by_exposure:
+        _warn_of_cost(engine, layers, [name for name in by_exposure if exposed[name].last])
+    return kept
+
+
+def _warn_that_nothing_goes_out(engine: Engine, scheme: Scheme, exposed: Sequence[str], refused: Set[str]) -> None:
+    """Say that all layers stay home, and why, where that is not what was asked for."""
+    reasons = []
+    if sent := [name or "*" for name in exposed if name not in refused]:
+        names = ", ".join(map(repr, sent))
+        reasons.append(f"layers near inputs and labels stay trusted (offload=({names},) sends them all the same)")
+    if refused:
+        reasons.append(f"layers of fewer features than scheme {scheme.name!r} needs stay trusted")
+    engine.warn_once(f"nothing of this model goes out: {'; '.join(reasons)}", ProtectionWarning)
+
+
+def _warn_of_cost(engine: Engine, layers: Sequence[tuple[str, nn.Module]], last: Sequence[str]) -> None:
+    """Say what a large last layer costs that stays."""
+    sizes = {name: sum(p.numel() for p in module.parameters() if not is_lazy(p)) for name, module in layers}
+    for name in last:
+        share = sizes[name] / max(1, sum(sizes.values()))
+        if share >= _LARGE_SHARE:
+            engine.warn_once(
+                f"the last layer {name!r} stays trusted, since the gradient of its output shows labels: {share:.0%} of "
+                "the parameters that workers could compute with, and of fully connected layers that share of the FLOPs "
+                f"(offload=({name!r},) sends it all the same)",
+                ProtectionWarning,
+            )
+
+
+def _own_reason(name: str, module: nn.Module, trusted: Sequence[str]) -> str | None:
+    """Why a layer never goes out, whatever is around it, or None."""
     pattern = next((p for p in trusted if _covers(p, name)), None)
     if pattern is not None:
         return f"kept by trusted={pattern!r}"
-    if (
-        isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        and module.groups > 1
-        and module.groups == module.in_channels
-    ):
+    if isinstance(module, CONVOLUTIONS) and module.groups > 1 and module.groups == module.in_channels:
         return "depthwise: too few FLOPs for its bytes"
     return None
+
+
+def _refused(scheme: Scheme, module: nn.Module) -> bool:
+    """Whether ``scheme`` will keep this layer, however many rows it is given."""
+    weight = getattr(module, "weight", None)
+    if weight is None or is_lazy(weight):
+        return False
+    shape = tuple(weight.shape)
+    rows = 1 << 20
+    if isinstance(module, nn.Linear):
+        return scheme.refuses(Linear(), (rows, shape[1]), shape) is not None
+    if isinstance(module, CONVOLUTIONS):
+        ones = (1,) * (len(shape) - 2)
+        kind = Conv(ones, (0,) * len(ones), ones, module.groups)
+        return scheme.refuses(kind, (rows, module.in_channels, *shape[2:]), shape) is not None
+    return False

@@ -14,6 +14,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import tempo
+from tempo.checkpoint import CheckpointStore
 from tempo.errors import TempoError
 from tempo.recipes import data, inference, metrics
 from tempo.recipes import recipe as recipes
@@ -22,7 +24,7 @@ from tempo.recipes.inference import FOLDER, Trained
 from tempo.recipes.metrics import Step
 from tempo.recipes.models import logits
 from tempo.recipes.recipe import Recipe
-from tempo.recipes.train import Outcome, train
+from tempo.recipes.train import INITIAL, Outcome, train
 
 _SHOWN: Final = 5
 _BATCH: Final = 8
@@ -34,6 +36,7 @@ _KNOWN: Final = 1000
 class Seen:
     """Test images (bytes), their share of the first operand that leaves the process, and what can be read from it."""
 
+    scheme: str
     images: Tensor
     plain: Tensor
     received: Tensor
@@ -47,7 +50,7 @@ class Seen:
 
 
 def compare(recipe: Recipe, console: Console, outcome: Outcome, *, resume: bool = False) -> Outcome:
-    """Train in plain from the same seed, print how far the losses are apart, and draw ``report.png``."""
+    """Train in plain from the same weights, print how far the losses are apart, and draw ``report.png``."""
     from tempo.recipes.picture import draw
 
     folder = outcome.folder
@@ -55,7 +58,9 @@ def compare(recipe: Recipe, console: Console, outcome: Outcome, *, resume: bool 
         recipe, {"run": {"out": str(folder / "plain"), "checkpoint_every": 0, "compare_plain": False}}, "comparison"
     )
     again = resume and (folder / "plain" / FOLDER).is_dir()
-    other = train(plain, console, resume=again, plain=True, title="the same in plain")
+    start = CheckpointStore(folder / INITIAL)
+    initial = start.load().tensors["model"] if start.steps() else None
+    other = train(plain, console, resume=again, plain=True, title="the same in plain", initial=initial)
     if other.signal:
         return other
     absolute, relative, step = largest_difference(folder, folder / "plain")
@@ -67,7 +72,7 @@ def compare(recipe: Recipe, console: Console, outcome: Outcome, *, resume: bool 
     )
     trained = inference.load(folder)
     source = data.load(recipe.data.source, recipe.data.train_limit, recipe.data.test_limit)
-    file = draw(folder, recipe.session.scheme, seen_by_a_worker(trained, recipe.session, source))
+    file = draw(folder, seen_by_a_worker(trained, recipe.session, source))
     console.print(f"picture: {file}", soft_wrap=True, highlight=False)
     return outcome
 
@@ -97,10 +102,11 @@ def seen_by_a_worker(trained: Trained, settings: recipes.Session, source: data.S
         settings = msgspec.structs.replace(
             settings, workers=(), local_workers=1, transcript=folder, insecure_record_truth=""
         )
-        with inference.protected(model, settings) as session, torch.no_grad():
+        with tempo.connect(settings=settings) as session, torch.no_grad():
+            session.protect(model)
             logits(model, form.numbers(batch.images))
-            if session is not None:
-                session.unprotect(model)
+            scheme = session.summary().models[0].scheme.name
+            session.unprotect(model)
         files = sorted(Path(folder).glob("*/*-forward.safetensors"))
         if not files:
             raise TempoError("the worker received nothing: the placement keeps all layers trusted")
@@ -117,6 +123,7 @@ def seen_by_a_worker(trained: Trained, settings: recipes.Session, source: data.S
     known = source.train.first(_KNOWN)
     reader = _LinearReader(_operands(model, form.numbers(known.images))[layer], known)
     return Seen(
+        scheme,
         batch.images[:_SHOWN],
         plain.reshape(_BATCH, -1, plain.shape[1])[:_SHOWN],
         received.reshape(_BATCH, -1, plain.shape[1])[:_SHOWN],

@@ -34,7 +34,7 @@ _STYLE: Final = {
 }
 
 
-def draw(folder: Path, scheme: str, seen: Seen) -> Path:
+def draw(folder: Path, seen: Seen) -> Path:
     """Draw ``folder/report.png`` of the run there, its plain twin in ``folder/plain``, and what a worker saw."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -45,7 +45,7 @@ def draw(folder: Path, scheme: str, seen: Seen) -> Path:
         FigureCanvasAgg(figure)
         halves: Any = figure.subfigures(1, 2, width_ratios=(1.08, 1))
         _curves(halves[0], metrics.read(folder), metrics.read(folder / "plain"))
-        _inputs(halves[1], scheme, seen)
+        _inputs(halves[1], seen)
         file = folder / "report.png"
         figure.savefig(file)
     return file
@@ -79,9 +79,9 @@ def _curves(figure: Any, protected: list[Record], plain: list[Record]) -> None:
     figure.align_ylabels()
 
 
-def _inputs(figure: Any, scheme: str, seen: Seen) -> None:
+def _inputs(figure: Any, seen: Seen) -> None:
     size = "×".join(map(str, seen.shape))
-    what = f"the first operand sent: {size} numbers for each image · scheme {scheme}"
+    what = f"the first operand sent: {size} numbers for each image · scheme {seen.scheme}"
     _title(figure, 0.02, "What a worker gets to see", what)
     grid = {"left": 0.23, "right": 0.97, "top": 0.87, "bottom": 0.15, "wspace": 0.07, "hspace": 0.1}
     axes = figure.subplots(5, len(seen.images), squeeze=False, gridspec_kw=grid)
@@ -104,7 +104,7 @@ def _inputs(figure: Any, scheme: str, seen: Seen) -> None:
         "Read back by a linear map fitted on plain operands of training images: what the worker received "
         "cannot be read as it is."
     )
-    if scheme == "tempo":
+    if seen.scheme == "tempo":
         note += (
             " It is not noise, though: under scheme tempo these are the very same numbers, permuted within "
             "the batch and scaled. The README says what that resists and what not."

@@ -63,7 +63,11 @@ class Run(Table, frozen=True):
 
 
 class Session(Settings, frozen=True):
-    """The ``[session]`` table: the settings of `tempo.connect`, and the workers to connect to."""
+    """The ``[session]`` table: the settings of `tempo.connect`, and the workers to connect to.
+
+    The weights that a recipe starts from depend on its seed alone, so a worker that knows the recipe knows them:
+    ``base = "secret"`` makes them secret (`tempo.secret_initialisation`), anything else leaves them a public base.
+    """
 
     workers: tuple[str, ...] = ()
 

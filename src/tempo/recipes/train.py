@@ -7,10 +7,11 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self, final
+from typing import TYPE_CHECKING, Any, Final, Self, final
 
 import msgspec
 import numpy as np
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from tempo import checkpoint as checkpoints
 from tempo.checkpoint import Checkpoint, CheckpointStore, flatten, load_model, unflatten
 from tempo.errors import CheckpointError, NonFiniteError, SettingsError, TempoError
+from tempo.initial import secret_initialisation
 from tempo.recipes import data
 from tempo.recipes import recipe as recipes
 from tempo.recipes.inference import FOLDER, evaluate, format_of, protected, recipe_of
@@ -33,6 +35,9 @@ from tempo.recipes.recipe import Recipe, differences
 if TYPE_CHECKING:
     from tempo.session import Session
     from tempo.summary import Summary
+
+INITIAL: Final = "initial"
+"""Where a run that will be compared with a plain one keeps its secret initial weights, in its folder."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,13 @@ class Outcome:
 
 
 def train(
-    recipe: Recipe, console: Console, *, resume: bool = False, plain: bool = False, title: str = "training"
+    recipe: Recipe,
+    console: Console,
+    *,
+    resume: bool = False,
+    plain: bool = False,
+    title: str = "training",
+    initial: Mapping[str, torch.Tensor] | None = None,
 ) -> Outcome:
     """Train by ``recipe``.
 
@@ -59,6 +70,7 @@ def train(
         resume: Continue from the newest checkpoint in the run's folder.
         plain: Compute everything here, for comparison, without a session.
         title: Name of the run on the display.
+        initial: State of the model to start from, instead of what the seed gives.
 
     Raises:
         TempoError: Something went wrong; if training had begun, a checkpoint was saved, as a note on the error says.
@@ -67,11 +79,13 @@ def train(
     store = CheckpointStore(folder / FOLDER)
     earlier = _earlier(store, recipe, console) if resume else None
     source = data.load(recipe.data.source, recipe.data.train_limit, recipe.data.test_limit)
-    job = _Job(recipe, source, earlier)
-    settings, trusted = _placement(recipe.session, earlier)
+    job = _Job(recipe, source, earlier, initial, secret=recipe.session.base == "secret" and not plain)
+    settings, trusted = _as_before(recipe.session, earlier)
     with protected(job.model, settings, plain, trusted) as session:
         if earlier is None:
             _make_way(folder, console)
+            if job.base == "secret" and recipe.run.compare_plain:
+                _save_initial(folder, job.model)
         display = Display(console, title, job.step, job.steps, recipe.data.batch_size)
         with Metrics(folder, job.step) as metrics, display, _Interrupts() as interrupts:
             job.session = session
@@ -171,7 +185,15 @@ def _one_step(job: _Job, began: float) -> Step:
 class _Job:
     """Everything that a checkpoint must hold for a run to continue exactly."""
 
-    def __init__(self, recipe: Recipe, source: data.Source, earlier: Checkpoint | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: data.Source,
+        earlier: Checkpoint | None,
+        initial: Mapping[str, torch.Tensor] | None,
+        *,
+        secret: bool,
+    ) -> None:
         self.recipe = recipe
         self.source = source
         self.format = source.format(recipe.data.resize) if earlier is None else format_of(earlier)
@@ -181,6 +203,15 @@ class _Job:
         self._saved = -1
         _seed(recipe.run.seed)
         self.model = recipe.model.build(self.format.channels, self.format.size, len(self.format.classes))
+        self.base = "public"
+        """What the weights count as that this run started from, however often it was resumed."""
+        if earlier is not None:
+            self.base = earlier.state.get("base", "public")
+        elif initial is not None:
+            load_model(self.model, initial, "the initial state")
+        elif secret:
+            secret_initialisation(self.model)
+            self.base = "secret"
         self.optimizer = recipe.optimizer.build(self.model)
         self.scheduler = scheduler(recipe.schedule, self.optimizer, self.steps)
         self.order = data.Order(len(source.train), recipe.data.batch_size, recipe.run.seed)
@@ -212,6 +243,7 @@ class _Job:
             "recipe": msgspec.to_builtins(self.recipe),
             "format": msgspec.to_builtins(self.format),
             "elapsed": self.elapsed,
+            "base": self.base,
             "trusted": None if self.session is None else _kept(self.session.summary()),
         }
         for name, part in parts.items():
@@ -308,9 +340,12 @@ def _earlier(store: CheckpointStore, recipe: Recipe, console: Console) -> Checkp
     return earlier
 
 
-def _placement(settings: recipes.Session, earlier: Checkpoint | None) -> tuple[recipes.Session, list[str]]:
-    """Settings and layers to keep trusted that place every layer as ``earlier`` did, whatever would pay today."""
-    if earlier is None or earlier.state.get("trusted") is None:
+def _as_before(settings: recipes.Session, earlier: Checkpoint | None) -> tuple[recipes.Session, list[str]]:
+    """Settings and layers to keep trusted that mask and place every layer as ``earlier`` did, whatever holds today."""
+    if earlier is None:
+        return settings, []
+    settings = msgspec.structs.replace(settings, base=earlier.state.get("base", "public"))
+    if earlier.state.get("trusted") is None:
         return settings, []
     return msgspec.structs.replace(settings, placement="all"), earlier.state["trusted"]
 
@@ -323,13 +358,18 @@ def _kept(summary: Summary) -> list[str] | None:
 
 
 def _placed(summary: Summary) -> str:
-    """Where the layers went, in two lines."""
+    """What masks the model, and where its layers went."""
     sent = sum(1 for line in summary.lines if line.offloaded)
     return (
-        f"scheme {summary.scheme}: {summary.protects}\n"
+        f"{'; '.join(map(str, summary.models))}\n"
         f"{sent} of {len(summary.lines)} layers, {summary.offloaded_share:.1%} of their FLOPs, go to "
         f"{'; '.join(summary.workers)}"
     )
+
+
+def _save_initial(folder: Path, model: torch.nn.Module) -> None:
+    """Keep secret initial weights, which no seed gives again, for the comparison in plain."""
+    CheckpointStore(folder / INITIAL).save(0, {"model": model.state_dict()}, {})
 
 
 def _make_way(folder: Path, console: Console) -> None:

@@ -102,3 +102,13 @@ def test_products_are_named_although_the_scheme_kept_some_at_home():
     evidence = basecase.record(basecase.network(96, 128, 64), scheme="mix", mix_block=96)
     assert {tuple(call.w.shape) for call in evidence.view.calls} == {(128, 96)}
     assert list(evidence.knowledge.names(evidence.view).values()) == [["0"]]
+
+
+def test_groups_are_named_once_they_travel_as_one():
+    evidence = basecase.record(basecase.Attention(), inputs=torch.randn(24, 16, 64), steps=4, scheme="tempo")
+    names = evidence.knowledge.names(evidence.view)
+    assert sorted(names.values()) == [["out"], ["query", "key", "value"]]
+    for layer, members in names.items():
+        weight = evidence.knowledge.base_weight(members)
+        assert tuple(weight.shape) == tuple(evidence.view.of(layer)[-1].w.shape)
+        assert evidence.truth.name(layer) == " + ".join(members)

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from tempo.audit import html
 from tempo.audit.attack import Curve, Figure, Finding, Panel
-from tempo.audit.levels import CONTROL
-from tempo.audit.report import Report, Run
+from tempo.audit.report import CONTROL, Report, Run
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 VOID = {"meta", "img", "line", "rect", "circle", "path", "polyline"}
@@ -166,7 +165,7 @@ def test_what_failed_with_less_is_said_too():
     run = Run(title="t", scheme="s", settings={}, base="public", facts=["base"], findings=findings)
     assert (
         "Broken by a worker that knows the public checkpoint: frames, delta error 0.125. "
-        "With less, 1 attack was tried and failed."
+        "With less, 1 attempt was made and failed."
     ) in Page(html.page(Report(runs=[run]))).text
 
 
@@ -216,8 +215,9 @@ def test_any_text_stays_text(text):
     same_elements("x" + text)
 
 
-def test_every_link_has_a_place_to_go_to():
-    page = Page(html.page(report()))
+@pytest.mark.parametrize("name", ["mix", "summary", "attacks", "curve 1"])
+def test_every_link_has_a_place_to_go_to(name):
+    page = Page(html.page(report(name, name)))
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
     assert {a["href"] for a in page.all("a")} <= {f"#{i}" for i in ids}

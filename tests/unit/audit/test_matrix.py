@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from tempo.audit import matrix
 from tempo.audit.attack import Figure, Finding
-from tempo.audit.levels import CONTROL
-from tempo.audit.report import Report, Run, read
+from tempo.audit.report import CONTROL, Report, Run, read
 from tempo.errors import AuditError
 
 REPOSITORY = Path(__file__).parents[3]
@@ -85,9 +84,9 @@ def test_a_scheme_s_table_says_what_resists_and_what_breaks_it(tmp_path):
     assert table["architecture"][1] == "no attack applied"
     assert table["lies (active)"] == ["nothing", "—", "answers are believed, nothing verifies them"]
     for part in (
-        "1. `patterns`: share of rows 0.04; chance 0; in clear 1; a leak from 0.5 up; its control 0.969; ",
+        "1. `patterns`: share of rows = 0.04; chance 0; in clear 1; a leak from 0.5 up; its control 0.969; ",
         "resnet, secret initial weights; broken in 0 of 2.",
-        "2. `frames`: delta error 0.31; chance 1; in clear 0; a leak from 0.8 down; ",
+        "2. `frames`: delta error = 0.31; chance 1; in clear 0; a leak from 0.8 down; ",
         "vit, public base at a drift of 3.4%.",
         "Measured 2026-11-24 (cpu EPYC; effort quick) by `tempo audit --run vit.toml`.",
     ):

@@ -23,7 +23,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> recipe.Recipe:
 def test_shipped_recipes_are_valid(file: Path) -> None:
     found = recipe.load(file)
     assert found.run.out == f"runs/{file.stem}"
-    assert found.session.scheme == "tempo"
+    assert (found.session.scheme, found.session.base) == ("mix", "secret")
 
 
 def test_defaults_and_session_settings(tmp_path: Path) -> None:

@@ -7,10 +7,15 @@ from tempo.audit.attacks.covariance import Covariance
 from tempo.audit.attacks.cross_layer import CrossLayer
 from tempo.audit.attacks.data_alignment import DataAlignment, DataAlignmentBase
 from tempo.audit.attacks.directions import Directions
+from tempo.audit.attacks.gradient_leakage import GradientLeakage
+from tempo.audit.attacks.gradients_joint import GradientsJoint
 from tempo.audit.attacks.gram import Gram
 from tempo.audit.attacks.ica import ICA
+from tempo.audit.attacks.information import Information
 from tempo.audit.attacks.linking import Linking
 from tempo.audit.attacks.nmf import NMF
+from tempo.audit.attacks.procrustes import Procrustes
+from tempo.audit.attacks.reconstruction import Reconstruction, ReconstructionBase
 from tempo.audit.attacks.signatures import Signatures
 from tempo.audit.attacks.singular_vectors import SingularVectors
 from tempo.audit.attacks.span import Span
@@ -32,6 +37,12 @@ _ATTACKS: tuple[type[Attack], ...] = (
     ICA,
     NMF,
     SingularVectors,
+    Reconstruction,
+    ReconstructionBase,
+    GradientLeakage,
+    Procrustes,
+    GradientsJoint,
+    Information,
 )
 
 REGISTRY: dict[str, type[Attack]] = {attack.name: attack for attack in _ATTACKS}

@@ -200,14 +200,15 @@ def _left(lines: Tensor) -> tuple[Tensor, Tensor]:
 def _signs(agreement: Tensor) -> tuple[Tensor, Tensor]:
     """Signs ``a``, ``b`` that make ``aᵀ agreement b`` large: from the leading singular vectors, then in turn."""
     u, _, vh = torch.linalg.svd(agreement, full_matrices=False)
-    a, b = _sign(u[:, 0]), _sign(vh[0])
+    a, b = sign(u[:, 0]), sign(vh[0])
     for _ in range(SWEEPS):
-        a = _sign(agreement @ b)
-        b = _sign(agreement.T @ a)
+        a = sign(agreement @ b)
+        b = sign(agreement.T @ a)
     return a, b
 
 
-def _sign(values: Tensor) -> Tensor:
+def sign(values: Tensor) -> Tensor:
+    """1 or −1; 1 for zeros."""
     return torch.where(values < 0, -1.0, 1.0).to(values.dtype)
 
 
