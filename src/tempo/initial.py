@@ -49,7 +49,8 @@ def secret_initialisation(model: M) -> M:
     Who knows the seed still knows which numbers a matrix holds, only not where: the entries as a multiset.
 
     Call it after building the model and before training it; `Session.protect` then recognises the weights, and those
-    of copies, as secret, until they change.
+    of copies in this process, as secret, until they change. (Ranks of DDP take over those of rank 0: say
+    ``base="secret"`` there.)
 
     Args:
         model: A model with random initial weights; changed in place.

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 SCHEMES = ["mix", "mix-tuned"]
 
@@ -154,3 +155,20 @@ def test_padded_sequences_and_dead_units_give_the_numbers_of_plain_pytorch(conne
     for actual, true in zip(found[2:], expected[2:], strict=True):
         assert torch.equal(actual == 0, true == 0)
     assert session.stats().flops_trusted == 0
+
+
+@pytest.mark.parametrize("live", [3, 280])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_activations_are_recalled_too(connect, live, reentrant):
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 48)), torch.randn(300, 64)
+    with torch.no_grad():
+        plain[0].bias[:9] = -1e3
+    model = connect(scheme="mix").protect(copy.deepcopy(plain))
+    results = []
+    for net in (model, plain):
+        inputs = x.clone().requires_grad_()
+        checkpoint(net, inputs, use_reentrant=reentrant)[:live].square().sum().backward()
+        results.append([inputs.grad, *(parameter.grad for parameter in net.parameters())])
+    for actual, expected in zip(*results, strict=True):
+        assert float((actual - expected).norm() / expected.norm()) <= 1e-5

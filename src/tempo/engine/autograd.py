@@ -10,7 +10,7 @@ else, and workers compute ``dW`` while the backward pass goes on. Since ``dW`` s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -90,7 +90,9 @@ class _Offload(torch.autograd.Function):
         if used and (needs_x or any(needs_w)):
             whole = [used[0].new_zeros(s) if g is None else g for g, s in zip(gradients, ctx.shapes, strict=True)]
             g = whole[0] if members == 1 else torch.cat(whole, 1)
-            dx, weight_gradients = ctx.call.backward(g, partial(_saved, ctx), want_dx=needs_x, want_dw=any(needs_w))
+            # Unpacked once at most: under `torch.utils.checkpoint` each time would recompute.
+            saved = cache(partial(_saved, ctx))
+            dx, weight_gradients = ctx.call.backward(g, saved, want_dx=needs_x, want_dw=any(needs_w))
             if weight_gradients is not None:
                 _hand_over(weight_gradients, ctx.pending)
         tokens = [

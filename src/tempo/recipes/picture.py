@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _INK: Final = "#22303c"
 _PALE: Final = "#75838f"
 _PROTECTED: Final = {"color": "#0b6e99", "linewidth": 3.4, "alpha": 0.5, "label": "protected"}
-_PLAIN: Final = {"color": "#d9601a", "linewidth": 1.2, "linestyle": (0, (4, 2)), "label": "plain, same seed"}
+_PLAIN: Final = {"color": "#d9601a", "linewidth": 1.2, "linestyle": (0, (4, 2)), "label": "plain, same start"}
 
 _STYLE: Final = {
     "font.size": 10,

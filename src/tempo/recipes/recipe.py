@@ -59,7 +59,7 @@ class Run(Table, frozen=True):
     """Folder for checkpoints and metrics; empty: ``runs/`` and the recipe's name."""
 
     compare_plain: bool = False
-    """Train again without protection from the same seed afterwards, and draw ``report.png``."""
+    """Train again without protection from the same weights afterwards, and draw ``report.png``."""
 
 
 class Session(Settings, frozen=True):

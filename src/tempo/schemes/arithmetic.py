@@ -8,17 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tempo.schemes.operators import work_dtype
 from tempo.wire.messages import Conv, Product
-
-
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What corrections to tensors of ``dtype`` are computed in."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def output(product: Product, x: Tensor, w: Tensor) -> Tensor:
     """``Y``."""
-    x, w = (t.to(work_dtype(t.dtype)) for t in (x, w))
+    x, w = (t.to(work_dtype(t)) for t in (x, w))
     if not isinstance(product, Conv):
         return x @ w.t()
     return torch.convolution(
@@ -28,7 +24,7 @@ def output(product: Product, x: Tensor, w: Tensor) -> Tensor:
 
 def input_gradient(product: Product, g: Tensor, w: Tensor, shape: tuple[int, ...]) -> Tensor:
     """``dX``, of ``shape``."""
-    g, w = (t.to(work_dtype(t.dtype)) for t in (g, w))
+    g, w = (t.to(work_dtype(t)) for t in (g, w))
     if not isinstance(product, Conv):
         return g @ w
     return _convolution_backward(product, g, w.new_empty(1).expand(shape), w, 0)
@@ -36,7 +32,7 @@ def input_gradient(product: Product, g: Tensor, w: Tensor, shape: tuple[int, ...
 
 def weight_gradient(product: Product, x: Tensor, g: Tensor, shape: tuple[int, ...]) -> Tensor:
     """``dW``, of ``shape``."""
-    x, g = (t.to(work_dtype(t.dtype)) for t in (x, g))
+    x, g = (t.to(work_dtype(t)) for t in (x, g))
     if not isinstance(product, Conv):
         return g.t() @ x
     return _convolution_backward(product, g, x, x.new_empty(1).expand(shape), 1)

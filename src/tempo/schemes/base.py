@@ -88,8 +88,7 @@ class Traits:
     mask_seconds_per_element: float = 1.5e-9
     """Masking or unmasking one element in pure torch on one core, measured on Zen 4 (see benchmarks/)."""
     known_breaks: Mapping[str, str] = field(default_factory=dict)
-    """What is known to undo the scheme, by what makes it apply: ``always``, ``relu``, ``public-base``,
-    ``zero-gradient-rows``."""
+    """What is known to undo the scheme, by what makes it apply: ``always``, ``relu``, ``public-base``."""
 
 
 class EncodedGradient(ABC):

