@@ -84,9 +84,7 @@ def separation(recovered: Sequence[Unmixing], truth: Truth, what: str) -> Outcom
         masked = _stack([flat(features_masked(k)) for k in known], 1 << 14)
         value = mean_best_correlation(plain, masked @ guess.matrix)
         if value >= best:
-            generator = torch.Generator().manual_seed(0)
-            rotation = torch.randn(*guess.matrix.shape, generator=generator, dtype=torch.float64)
-            best, chance = value, mean_best_correlation(plain, whiten(masked)[0] @ torch.linalg.qr(rotation)[0])
+            best, chance = value, mean_best_correlation(plain, _turned(whiten(masked)[0]))
     return Outcome(
         figures=[
             Figure(
@@ -99,6 +97,14 @@ def separation(recovered: Sequence[Unmixing], truth: Truth, what: str) -> Outcom
             )
         ]
     )
+
+
+def _turned(white: Tensor) -> Tensor:
+    """A random rotation of the columns."""
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.randn(white.shape[1], white.shape[1], generator=generator, dtype=torch.float64)
+    turned: Tensor = white @ torch.linalg.qr(rotation)[0]
+    return turned
 
 
 def mean_best_correlation(plain: Tensor, recovered: Tensor) -> float:

@@ -92,6 +92,13 @@ def test_too_few_rows_give_nothing_to_work_on(which):
     assert attack(which, reused(features()[:64], FeaturesReused()))[0].verdict == "not applicable"
 
 
+@pytest.mark.parametrize("which", [ICA, NMF, Covariance])
+def test_inputs_of_low_rank_are_attacked_in_their_span(which):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1024, 8, generator=generator) @ torch.randn(8, 32, generator=generator)
+    assert attack(which, reused(x, FeaturesReused()))[0].verdict == "resisted"
+
+
 def test_whitening_leaves_out_directions_without_variance():
     x = features()
     x = torch.cat([x, x[:, :3]], 1)

@@ -62,7 +62,7 @@ class Reconstruction(Attack):
     )
 
     def recover(self, view: View, knowledge: Knowledge, effort: Effort) -> list[Pictures]:
-        """All pictures from the last call of the first products."""
+        """All pictures from the last calls of the first products."""
         assert knowledge.data is not None  # noqa: S101 - declared in `knows`
         images = knowledge.data.inputs[:SAMPLES]
         if images.dim() != 4:
@@ -73,7 +73,8 @@ class Reconstruction(Attack):
         except NotApplicable:
             known = {}
         found = []
-        for layer in view.layers[:PRODUCTS]:
+        # Layers that share an input travel alone at first: what is known is of the products that they join in later.
+        for layer in dict.fromkeys([*view.layers[:PRODUCTS], *list(known)[:PRODUCTS]]):
             call = view.of(layer)[-1]
             found += look(call, images.shape[1:], own, SOURCES[effort])
             if layer in known:

@@ -185,10 +185,14 @@ def _combine(source: Tensor, x: Tensor, threshold: float) -> Tensor:
 
 
 def _span(g: Tensor, x: Tensor) -> Tensor | None:
-    """Basis (d×k) of the live rows' span: columns of ``g~`` span the live columns of ``L^-T``, any number of rounds."""
+    """Basis (d×k) of the live rows' span: columns of ``g~`` span the live columns of ``L^-T``, any number of rounds.
+
+    None where it is not much smaller than the span of all rows, which is known in any case.
+    """
     left, values, _ = torch.linalg.svd(g, full_matrices=False)
-    rank = int((values > 1e-5 * values[:1]).sum())
-    if rank == 0 or rank >= 0.75 * min(len(g), g.shape[1], x.shape[1]):
+    spread = torch.linalg.svdvals(x)
+    rank, whole = (int((found > 1e-5 * found[:1]).sum()) for found in (values, spread))
+    if rank == 0 or rank >= 0.75 * min(whole, g.shape[1]):
         return None
     basis: Tensor = torch.linalg.qr((left[:, :rank].T @ x).T)[0]
     return basis
