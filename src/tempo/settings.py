@@ -42,6 +42,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     rekey_rows: Annotated[int, Meta(ge=1)] = 1 << 17
     """A weight's masks expire after serving this many rows, evaluation included."""
 
+    unfold: bool = False
+    """Send spatial convolutions as patches times a matrix: masks then cover positions and kernel taps too, for as many
+    times the bytes as the kernel has taps. Scheme `mix-tuned` always does."""
+
     mix_block: Annotated[int, Meta(ge=1)] = 32
     """Schemes `mix` and `mix-tuned`: features that one block mixes, at least; layers with fewer stay trusted."""
 

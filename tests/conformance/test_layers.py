@@ -43,10 +43,11 @@ def run(case: Case, module: nn.Module, dtype: torch.dtype, training: bool, g: Te
     return [y.detach(), x.grad, *(grad for grad in gradients if grad is not None)]
 
 
-def mixable(module: nn.Module, block: int) -> bool:
-    """Whether every product of ``module`` has a block of features on both sides."""
+def mixable(module: nn.Module, block: int, scheme: str) -> bool:
+    """Whether every product of ``module`` has a block of features on both sides, and can be unfolded if it must be."""
     return all(
         min(p.shape[1], p.shape[0] // getattr(m, "groups", 1)) >= block
+        and (scheme != "mix-tuned" or getattr(m, "groups", 1) == 1 or p[0, 0].numel() == 1)
         for m in module.modules()
         for name, p in m.named_parameters(recurse=False)
         if name.endswith("weight") and p.dim() > 1
@@ -85,7 +86,7 @@ def test_layers_give_the_numbers_of_plain_pytorch(connect, scheme, layer, worker
         for _ in range(2):  # the second time, layers that share their input do
             results = run(case, protected, dtype, training, g)
         used = session.stats() - before
-        if scheme not in SMALL or mixable(reference, 2):
+        if scheme not in SMALL or mixable(reference, 2, scheme):
             assert used.flops_trusted == 0
             assert used.flops_offloaded > 0
             assert used.encryptions["x"] > 0

@@ -52,9 +52,15 @@ class Knowledge:
         """
         if self.architecture is None or self.data is None:
             return {}
+        return self._aligned(view, unfold=False) or self._aligned(view, unfold=True)
+
+    def _aligned(self, view: View, *, unfold: bool) -> dict[int, list[str]]:
+        """`names`, if spatial convolutions were sent as patches, or as they are."""
         from tempo.audit.lab import product_order
 
-        ours = product_order(self.architecture(), self.data.inputs[:2], self.trusted)
+        if self.architecture is None or self.data is None:
+            return {}
+        ours = product_order(self.architecture(), self.data.inputs[:2], self.trusted, unfold=unfold)
         # Of two operators that hold half the columns each, one sees half the output features.
         fitting = [(names, {shape, (shape[0] // 2, *shape[1:])}) for names, shape in ours]
         # A scheme keeps products at home that are too small for it: the worker never saw their shapes.
@@ -68,10 +74,12 @@ class Knowledge:
                     return {call.layer: names for call, (names, _) in zip(part, fitting, strict=True)}
         return {}
 
-    def base_weight(self, names: list[str]) -> Tensor | None:
+    def base_weight(self, names: list[str], shape: tuple[int, ...]) -> Tensor | None:
         """The public weight behind a product: its members' stacked, output features first; None where unknown.
 
-        A 1×1 convolution's is flattened, as it travels.
+        Args:
+            names: The members.
+            shape: Of ``w~``; a convolution's weight is flattened where that is a matrix.
         """
         if self.base is None:
             return None
@@ -79,7 +87,8 @@ class Knowledge:
         found = [part for part in parts if part is not None]
         if not parts or len(found) < len(parts):
             return None
-        return _flat(torch.cat([part.double() for part in found]))
+        stacked = torch.cat([part.double() for part in found])
+        return stacked.flatten(1) if len(shape) == 2 else stacked
 
     def base_candidates(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Public weights that a masked one of this shape may come from, in float64; needs ``base`` alone.
@@ -93,7 +102,9 @@ class Knowledge:
         Returns:
             By name, each of the rows of ``shape`` or twice as many; the exact ones alone where there are any.
         """
-        weights = [(name, _flat(w).double()) for name, w in (self.base or {}).items() if w.dim() > 1]
+        matrix = len(shape) == 2  # of a convolution that was unfolded, or a layer's own
+        parameters = [(name, w.double()) for name, w in (self.base or {}).items() if w.dim() > 1]
+        weights = [(name, w.flatten(1) if matrix else _flat(w)) for name, w in parameters]
         found: dict[str, Tensor] = {}
         for rows in (shape[0], 2 * shape[0]):
             for number, (name, w) in enumerate(weights):

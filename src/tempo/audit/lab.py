@@ -227,13 +227,13 @@ def protect(session: Session, model: nn.Module, trusted: tuple[str, ...], base: 
 
 
 def product_order(
-    model: nn.Module, inputs: Tensor, trusted: tuple[str, ...] = ()
+    model: nn.Module, inputs: Tensor, trusted: tuple[str, ...] = (), *, unfold: bool = False
 ) -> list[tuple[list[str], tuple[int, ...]]]:
     """Which modules each product of a training step stands for, in order, and its weight's shape (m×d…).
 
     Taken from the third step, when layers that share an input have been found.
     """
-    with open_lab(scheme="insecure-plain") as lab:
+    with open_lab(scheme="insecure-plain", unfold=unfold) as lab:
         protect(lab.session, model, trusted, "secret")
         for _ in range(3):
             output = model(inputs)

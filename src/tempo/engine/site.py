@@ -13,7 +13,8 @@ from torch.autograd import forward_ad
 
 from tempo.engine.autograd import offload
 from tempo.engine.dtypes import WIRE_DTYPES, compute_dtype
-from tempo.engine.geometry import flops
+from tempo.engine.geometry import flops, output_shape
+from tempo.engine.patches import patches
 from tempo.engine.placement import Decision
 from tempo.engine.product import Product
 from tempo.engine.sharing import Group, Parameters, Stash
@@ -87,6 +88,9 @@ class Site:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Conv, trusted: Callable[[], Tensor]
     ) -> Tensor:
         """A convolution on ``x`` of shape (batch, channels, ...); ``trusted`` computes the same here."""
+        unfolds = self.engine.settings.unfold or self.scheme.traits.unfolds
+        if unfolds and kind.groups == 1 and any(size > 1 for size in weight.shape[2:]):
+            return self._unfolded(x, weight, bias, kind, trusted)
         if not self._goes_out(kind, tuple(x.shape), x, weight):
             return trusted()
         if kind.groups == 1 and all(size == 1 for size in weight.shape[2:]) and not any(kind.padding):
@@ -100,6 +104,17 @@ class Site:
         strided = x[(slice(None), slice(None), *(slice(None, None, step) for step in kind.stride))]
         pixels = strided.movedim(1, -1)
         (y,) = self.compute(self._product(Linear()), pixels, [weight.flatten(1)], [bias])
+        return y.movedim(-1, 1)
+
+    def _unfolded(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Conv, trusted: Callable[[], Tensor]
+    ) -> Tensor:
+        """A convolution sent as its patches: rows and taps are masked too, for as many times the bytes as taps."""
+        kernel, flat = tuple(weight.shape[2:]), weight.flatten(1)
+        batch, _, *positions = output_shape(kind, tuple(x.shape), tuple(weight.shape))
+        if not self._goes_out(Linear(), (batch * prod(positions), flat.shape[1]), x, flat):
+            return trusted()
+        (y,) = self.compute(self._product(Linear()), patches(x, kind, kernel), [flat], [bias])
         return y.movedim(-1, 1)
 
     def _warn_of_span(self, x: Tensor) -> None:

@@ -81,6 +81,8 @@ class Traits:
     """How many distinct operators a product is divided over, where there are that many."""
     fresh_every_call: bool = False
     """Whether a weight is masked anew for every call, in training, evaluation and prediction."""
+    unfolds: bool = False
+    """Whether spatial convolutions go out as patches times a matrix (see `tempo.engine.patches`)."""
     public_base_preset: str = ""
     """The scheme to use instead of this one where training starts from a public checkpoint; empty: none is better."""
     updates: tuple[str, ...] = ("trusted",)

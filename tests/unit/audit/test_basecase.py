@@ -110,7 +110,7 @@ def test_groups_are_named_once_they_travel_as_one():
     names = evidence.knowledge.names(evidence.view)
     assert sorted(names.values()) == [["out"], ["query", "key", "value"]]
     for layer, members in names.items():
-        weight = evidence.knowledge.base_weight(members)
+        weight = evidence.knowledge.base_weight(members, tuple(evidence.view.of(layer)[0].w.shape))
         assert tuple(weight.shape) == tuple(evidence.view.of(layer)[-1].w.shape)
         assert evidence.truth.name(layer) == " + ".join(members)
 

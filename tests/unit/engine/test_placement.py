@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tempo import schemes
@@ -75,6 +75,7 @@ def test_an_unchanged_weight_need_not_be_sent_again():
     assert not decide(planner(GPU), 64, 4096, 4096, training=False, scheme=MIX_TUNED)[0]
 
 
+@settings(deadline=None)
 @given(st.integers(6, 14), st.integers(6, 12), st.booleans())
 def test_more_rows_never_bring_a_product_home(log_rows, log_width, training):
     plan, width = planner(GPU), 1 << log_width

@@ -67,7 +67,7 @@ class Procrustes(Attack):
         for layer, inputs in known.items():
             calls = view.of(layer)
             call = calls[-1]
-            public = knowledge.base_weight(names[layer])
+            public = knowledge.base_weight(names[layer], tuple(call.w.shape))
             if public is None or public.shape != call.w.shape or public.shape[1] > WIDTH[effort]:
                 continue
             masked, base = taps(call.w.double()), taps(public)
