@@ -81,7 +81,7 @@ def test_train_record_and_attack_in_one_go(recipe, tmp_path, monkeypatch):
     file, page = tmp_path / "report.json", tmp_path / "report.html"
     run(
         *("audit", "--run", recipe, "--scheme", "insecure-plain", "--scheme", "mix", "--attack", "gram"),
-        *("--json", file, "--html", page),
+        *("--json", file, "--html", page, "--no-controls"),
     )
     report = reports.read(file)
     assert [(r.scheme, r.base) for r in report.runs] == [
@@ -97,7 +97,8 @@ def test_train_record_and_attack_in_one_go(recipe, tmp_path, monkeypatch):
         assert audited.findings[0].verdict == ("broken" if audited.scheme == "insecure-plain" else "resisted")
     assert "gram" in page.read_text()
     merged = tmp_path / "merged.html"
-    run("audit", "--merge", file, "--merge", file, "--html", merged)
+    run("audit", "--merge", file, "--merge", file, "--html", merged, "--json", tmp_path / "merged.json")
+    assert len(reports.read(tmp_path / "merged.json").runs) == 8
     assert merged.read_text().count("gram") > page.read_text().count("gram")
 
 

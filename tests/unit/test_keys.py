@@ -129,3 +129,11 @@ def test_no_secret_in_representations():
     key = schedule.fresh(3, "w")
     assert repr(key) == "Key(0/3/w/0/0)"
     assert schedule._secret.hex() not in repr(schedule)
+
+
+def test_a_branch_of_a_key_is_a_key_of_its_own():
+    key = KeySchedule().fresh(1, "w")
+    streams = [key, key.branch("part0"), key.branch("part1"), key.branch("part0").branch("part0")]
+    drawn = [stream.stream("A").read(16).tobytes() for stream in streams]
+    assert len(set(drawn)) == len(drawn)
+    assert key.branch("part1").stream("A").read(16).tobytes() == drawn[2]

@@ -8,8 +8,7 @@ import msgspec
 
 from tempo.audit.attack import Attack
 from tempo.audit.attacks import REGISTRY
-from tempo.audit.levels import CONTROL
-from tempo.audit.report import Run
+from tempo.audit.report import CONTROL, Run
 
 
 def run(names: Iterable[str] = ()) -> Run:

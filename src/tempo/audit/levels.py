@@ -9,11 +9,8 @@ from typing import Literal
 
 from tempo.audit.attack import Figure, Finding
 from tempo.audit.knowledge import Fact
-from tempo.audit.report import Report, Run
+from tempo.audit.report import CONTROL, Report, Run
 from tempo.settings import Settings
-
-CONTROL = "control"
-"""The scheme that a run of positive controls names: what attacks are known to break, not a subject of the audit."""
 
 
 @dataclass(frozen=True)

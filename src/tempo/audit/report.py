@@ -13,6 +13,9 @@ from tempo.settings import Settings
 
 VERSION = 1
 
+CONTROL = "control"
+"""The scheme that a run of positive controls names: what attacks are known to break, not a subject of the audit."""
+
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One transcript under attack."""
@@ -73,14 +76,15 @@ def read(file: Path) -> Report:
     return report
 
 
-def read_all(files: list[Path]) -> Report:
-    """Several reports as one; command, machine and effort are the first one's."""
-    reports = [read(file) for file in files]
-    first = reports[0]
+def merged(reports: list[Report]) -> Report:
+    """Several reports as one. Controls are kept once; machine and effort are the first one's."""
+    first, runs = reports[0], [run for report in reports for run in report.runs]
+    controls = [run for run in runs if run.scheme == CONTROL]
     return msgspec.structs.replace(
         first,
-        runs=[run for report in reports for run in report.runs],
+        runs=[run for run in runs if run.scheme != CONTROL] + controls[-1:],
         curves=[curve for report in reports for curve in report.curves],
+        command=" && ".join(dict.fromkeys(report.command for report in reports if report.command)),
         seconds=sum(report.seconds for report in reports),
     )
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tempo.audit import auditing, rehearsal, transcript
+from tempo.audit import auditing, controls, rehearsal, transcript
 from tempo.audit import report as reports
 from tempo.audit.attack import Effort, Finding
 from tempo.audit.given import Given
@@ -55,8 +55,11 @@ def audit(
     json: Annotated[Path | None, typer.Option(help="Write the findings here.", show_default=False)] = None,
     page: Annotated[Path | None, typer.Option("--html", help="Write the report here.", show_default=False)] = None,
     merge: Annotated[
-        list[Path] | None, typer.Option(help="Add the findings of these earlier --json files to the report.")
+        list[Path] | None, typer.Option(help="Put the findings of these earlier --json files first.")
     ] = None,
+    control: Annotated[
+        bool, typer.Option("--controls/--no-controls", help="With --run: what each attack is known to break, too.")
+    ] = True,
 ) -> None:
     """Attack what a worker recorded, and say what it learned."""
     console = Console()
@@ -70,6 +73,9 @@ def audit(
         if run is not None:
             recipe = recipes.load(run, overrides(settings, None))
             runs = _rehearse(recipe, scheme or [], origin or [], attack or [], effort, workers, status.update)
+            if control:
+                status.update("controls")
+                runs.append(controls.run(attack or ()))
         elif recording is not None:
             runs = [_attack_recording(recording, Given.parse(knows), truth or [], attack or [], effort, status.update)]
     report = Report(
@@ -79,14 +85,9 @@ def audit(
         machine=machine(),
         seconds=time.perf_counter() - started,
     )
-    if json is not None and runs:
+    report = reports.merged([*map(reports.read, merge or ()), *([report] if runs else [])])
+    if json is not None:
         reports.write(report, json)
-    if merge:
-        earlier = reports.read_all(merge)
-        runs, curves = [*earlier.runs, *runs], [*earlier.curves, *report.curves]
-        report = Report(
-            runs=runs, curves=curves, command=earlier.command, effort=earlier.effort, machine=earlier.machine
-        )
     for single in report.runs:
         console.print(_table(single))
     if page is not None:

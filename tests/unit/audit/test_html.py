@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from tempo.audit import html
 from tempo.audit.attack import Curve, Figure, Finding, Panel
-from tempo.audit.levels import CONTROL
-from tempo.audit.report import Report, Run
+from tempo.audit.report import CONTROL, Report, Run
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 VOID = {"meta", "img", "line", "rect", "circle", "path", "polyline"}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tempo.audit import controls, levels
 from tempo.audit.attack import Figure, Finding
 from tempo.audit.levels import LEVELS, level_of, number, progress, standing, subjects
-from tempo.audit.report import Report, Run
+from tempo.audit.report import CONTROL, Report, Run
 
 NOTHING, ARCHITECTURE, DATA, BASE, BASE_DATA = LEVELS
 
@@ -95,7 +95,7 @@ def test_runs_of_one_scheme_are_told_apart_by_the_settings_in_which_they_differ(
     one = run(settings={"placement": "all"})
     two = run(settings={"placement": "all", "mix_rounds": "2"})
     other = run(scheme="tempo", settings={"placement": "all"})
-    control = run(scheme=levels.CONTROL)
+    control = run(scheme=CONTROL)
     found = subjects(Report(runs=[one, other, two, control]))
     assert found == {"mix": [one], "tempo": [other], "mix (mix_rounds = 2)": [two]}
 

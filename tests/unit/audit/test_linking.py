@@ -19,8 +19,8 @@ def run(evidence):
 def test_rows_are_linked_over_steps_of_tempo_although_the_weight_trains():
     finding = run(basecase.record(basecase.network(), steps=5, lr=0.5, scheme="tempo"))
     assert finding.verdict == "broken"
-    rows, columns = finding.figures
-    assert rows.value > 0.99
+    linked, rows, columns = finding.figures
+    assert linked.value == rows.value > 0.99
     assert columns.value > 0.99
     assert rows.chance == pytest.approx(2 / (128 + 64))
     curve = finding.curves[0]
@@ -44,6 +44,18 @@ def test_rows_of_mixed_weights_are_not_linked(rounds):
     finding = run(basecase.record(basecase.network(), steps=3, scheme="mix", mix_rounds=rounds))
     assert finding.verdict == "resisted"
     assert finding.figures[0].value < LEAKS / 2
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_fresh_masks_of_a_spatial_convolution_are_linked_whatever_the_mixing(rounds):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(32, 48, 3, padding=1), nn.GELU(), nn.Conv2d(48, 32, 1))
+    inputs = torch.randn(96, 32, 4, 4)
+    finding = run(basecase.record(network, inputs=inputs, steps=3, lr=0.1, scheme="mix", mix_rounds=rounds))
+    found = {figure.name: figure.value for figure in finding.figures}
+    assert finding.verdict == "broken"
+    assert found["masks of convolutions linked"] > 0.99
+    assert found["rows linked between steps"] < 0.2
 
 
 def test_a_reused_mask_links_itself():

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from tempo.audit import matrix
 from tempo.audit.attack import Figure, Finding
-from tempo.audit.levels import CONTROL
-from tempo.audit.report import Report, Run, read
+from tempo.audit.report import CONTROL, Report, Run, read
 from tempo.errors import AuditError
 
 REPOSITORY = Path(__file__).parents[3]

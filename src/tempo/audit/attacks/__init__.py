@@ -11,6 +11,7 @@ from tempo.audit.attacks.gradient_leakage import GradientLeakage
 from tempo.audit.attacks.gradients_joint import GradientsJoint
 from tempo.audit.attacks.gram import Gram
 from tempo.audit.attacks.ica import ICA
+from tempo.audit.attacks.information import Information
 from tempo.audit.attacks.linking import Linking
 from tempo.audit.attacks.nmf import NMF
 from tempo.audit.attacks.procrustes import Procrustes
@@ -41,6 +42,7 @@ _ATTACKS: tuple[type[Attack], ...] = (
     GradientLeakage,
     Procrustes,
     GradientsJoint,
+    Information,
 )
 
 REGISTRY: dict[str, type[Attack]] = {attack.name: attack for attack in _ATTACKS}
