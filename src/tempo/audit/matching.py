@@ -19,6 +19,9 @@ from torch import Tensor
 ROUNDS = 20
 """Assignments of columns and rows in turn, at the most."""
 
+BALANCED = 20
+"""Times that rows and columns are balanced in turn."""
+
 CERTAIN = 0.8
 """Mean correlation from which no other start is tried; unrelated tensors reach 0.7 at 64 rows and 128 columns."""
 
@@ -67,7 +70,7 @@ def _flat(x: Tensor) -> Tensor:
 def balance(x: Tensor) -> Tensor:
     """``x`` (R×C×S) with rows and columns divided by their scales, as far as sizes tell them."""
     x = x.double()
-    for _ in range(3):
+    for _ in range(BALANCED):  # towards the one balanced form of all scaled ones (Sinkhorn)
         for axis in (0, 1):
             others = tuple(i for i in range(3) if i != axis)
             live = (x != 0).double().sum(others, keepdim=True).clamp_min(1)
@@ -102,7 +105,7 @@ def match(first: list[Tensor], second: list[Tensor], rows: Tensor | None = None,
         if best is not None and best.score > CERTAIN:
             break
     assert best is not None  # noqa: S101 - values are always there
-    if best.score > CERTAIN and first[0].shape[2] == second[0].shape[2]:  # all the evidence for the last few columns
+    if best.score > CERTAIN and len(first) == len(second):  # all the evidence for the last few columns
         return replace(_by_rows(first[0], second[0], best.rows, signed=False), score=best.score)
     return best
 

@@ -20,6 +20,8 @@ from tempo.recipes import data
 from tempo.recipes.models import ResNetSmall, logits
 
 CLASSES = 10
+RATE = 0.05
+"""Learning rate of the first step; it falls to nearly nothing."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,13 @@ class Victim:
         source = data.load("digits")
         form = source.format(self.size)
         images, labels = form.numbers(source.train.images), source.train.labels
-        members, attacker = Samples(images[:900], labels[:900]), Samples(images[900:], labels[900:])
+        members, attacker = Samples(images[:900], labels[:900]), Samples(images[1000:], labels[1000:])
         torch.manual_seed(0)
         model = self.build()
-        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9)
         model.train()
-        for x, y in self._batches(members, self.steps, 0):
+        for number, (x, y) in enumerate(self._batches(members, self.steps, 0)):
+            optimizer.param_groups[0]["lr"] = RATE * (1 - number / (self.steps + steps))  # so that BatchNorm settles
             optimizer.zero_grad()
             _loss(model, x, y).backward()
             optimizer.step()

@@ -8,6 +8,7 @@ from torch import nn
 
 from tempo.audit import basecase
 from tempo.audit.attack import NotApplicable
+from tempo.audit.attacks import REGISTRY
 from tempo.audit.knowledge import Knowledge
 
 
@@ -112,3 +113,13 @@ def test_groups_are_named_once_they_travel_as_one():
         weight = evidence.knowledge.base_weight(members)
         assert tuple(weight.shape) == tuple(evidence.view.of(layer)[-1].w.shape)
         assert evidence.truth.name(layer) == " + ".join(members)
+
+
+@pytest.mark.parametrize("attack", ["signatures", "directions", "singular-vectors", "procrustes", "linking"])
+def test_columns_divided_over_two_operators_are_attacked_and_hold(attack):
+    fields = {"scheme": "mix-tuned", "workers": 2, "operators": 2}
+    evidence = basecase.record(basecase.network(64, 96, 64), 0.05, steps=2, **fields)
+    assert {call.w.shape[0] for call in evidence.view.calls} == {48, 32}
+    finding = REGISTRY[attack]().run(evidence.view, evidence.knowledge, evidence.truth)
+    # Second moments need the whole weight; the others find no more than chance.
+    assert finding.verdict == ("not applicable" if attack == "procrustes" else "resisted")

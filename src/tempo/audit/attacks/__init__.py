@@ -13,21 +13,25 @@ from tempo.audit.attacks.gram import Gram
 from tempo.audit.attacks.ica import ICA
 from tempo.audit.attacks.information import Information
 from tempo.audit.attacks.linking import Linking
+from tempo.audit.attacks.model_theft import ModelTheft
 from tempo.audit.attacks.nmf import NMF
 from tempo.audit.attacks.procrustes import Procrustes
 from tempo.audit.attacks.reconstruction import Reconstruction, ReconstructionBase
 from tempo.audit.attacks.signatures import Signatures
 from tempo.audit.attacks.singular_vectors import SingularVectors
 from tempo.audit.attacks.span import Span
+from tempo.audit.attacks.sparse_frame import SparseFrame
 from tempo.audit.attacks.spatial_ica import SpatialICA
 from tempo.audit.attacks.zero_rows import ZeroRows
 
 _ATTACKS: tuple[type[Attack], ...] = (
     Gram,  # keep one line each
     CrossLayer,
+    ModelTheft,
     ZeroRows,
     SpatialICA,
     Span,
+    SparseFrame,
     Signatures,
     Linking,
     Directions,

@@ -108,8 +108,8 @@ def _ways(call: Call, candidates: Mapping[str, Tensor], name: str, masked: Tenso
     yield guess(*_permuted(masked, public, lines))
     for axis in (0, 1):
         ours, theirs = masked.transpose(0, axis), public.transpose(0, axis)
-        if ours.shape[0] * ours.shape[2] <= ours.shape[1]:
-            continue  # a rotation of so many columns fits any lines
+        if ours.shape[0] * ours.shape[2] <= ours.shape[1] or ours.shape[1] < theirs.shape[1]:
+            continue  # a rotation of so many columns fits any lines; and one that another operator sees in part, none
         lines = match_lines(ours, theirs)
         w = _rotated(ours, theirs, lines).transpose(0, axis)
         yield guess(w, None if axis else lines, lines if axis else None)

@@ -85,7 +85,7 @@ class Linking(Attack):
         rotations_known: list[float] = []
         for link in recovered:
             then, now = truth.of(link.first), truth.of(link.second)
-            rows_then, rows_now = (each.matrix("P").abs().argmax(1) for each in (then, now))
+            rows_then, rows_now = (basecase.held_rows(each)[each.matrix("P").abs().argmax(1)] for each in (then, now))
             columns_then, columns_now = (each.matrix("A").abs().argmax(1) for each in (then, now))
             right[link.steps] += float((rows_now[link.rows] == rows_then).sum())
             rows[link.steps] += len(link.rows)

@@ -112,7 +112,8 @@ def _lines_matched(call: Call, candidates: Mapping[str, Tensor], name: str, mask
     yield Guess(call, candidates, name, w.reshape(shape), rows, columns)
     for axis in (0, 1):
         ours, theirs = masked.transpose(0, axis), public.transpose(0, axis)
-        if ours.shape[0] * ours.shape[2] > ours.shape[1]:  # or a rotation of so many columns fits any lines
+        # A rotation of as many columns as lines fits any; one of columns that another operator holds in part, none.
+        if ours.shape[0] * ours.shape[2] > ours.shape[1] == theirs.shape[1]:
             w, lines = one_rotated(ours, theirs)
             rotated = w.transpose(0, axis).reshape(shape)
             yield Guess(call, candidates, name, rotated, None if axis else lines, lines if axis else None)
