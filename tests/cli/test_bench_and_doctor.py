@@ -47,7 +47,7 @@ def test_bench_writes_json_to_standard_output(monkeypatch):
         assert found["machine"]["torch"]
         assert found["encryptions"]["x"] > 0
     # The classifier has fewer classes than a block of `mix` has features.
-    assert figures[0]["encryptions"]["x"] == figures[1]["encryptions"]["x"] + 1
+    assert figures[0]["encryptions"]["g"] == figures[1]["encryptions"]["g"] + 1
 
 
 def test_doctor_shows_a_worker_and_says_what_is_wrong_with_another(workers, tmp_path):
