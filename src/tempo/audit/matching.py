@@ -25,7 +25,7 @@ BALANCED = 20
 CERTAIN = 0.8
 """Mean correlation from which no other start is tried; unrelated tensors reach 0.7 at 64 rows and 128 columns."""
 
-EXACT = 1024
+EXACT = 600
 """Sides up to which assignments are exact: they cost their cube."""
 
 PROJECTED = 24

@@ -53,7 +53,9 @@ class CrossLayer(Attack):
         for ahead in range(1, AHEAD + 1):
             for source, target in zip(calls, calls[ahead:], strict=False):
                 certain = [pair for pair in pairs if pair.match.score > CERTAIN]
-                if {source.sequence, target.sequence} <= {c.sequence for p in certain for c in (p.source, p.target)}:
+                given = any(pair.source is source for pair in certain)
+                taken = any(pair.target is target for pair in certain)
+                if given and taken:
                     continue
                 sides = comparable(source, target)
                 if sides is not None:
@@ -63,8 +65,8 @@ class CrossLayer(Attack):
         return pairs
 
     def score(self, recovered: list[Pair], view: View, truth: Truth) -> Outcome:
-        """Share of live channels, and of rows, matched rightly; over pairs that are one thing in truth."""
-        linked = [pair for pair in recovered if _linked(pair, truth)]
+        """Share of live channels, and of rows, matched rightly, with the output that fits each input best."""
+        linked = _linked(recovered, truth)
         if not linked:
             raise NotApplicable("no product's output goes into a later one by way of element-wise functions alone")
         channels, rows, chance = [], [], []
@@ -132,22 +134,33 @@ def _pixels(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(0, -2) if x.dim() > 2 else x
 
 
-def _linked(pair: Pair, truth: Truth) -> bool:
-    """Whether plain output and input are, channel by channel, one thing after element-wise functions."""
+def _linked(pairs: list[Pair], truth: Truth) -> list[Pair]:
+    """For each input that is some output after element-wise functions, the pair that the attacker believes in."""
+    best: dict[int, Pair] = {}
+    for pair in pairs:
+        if pair.match.score > (best[pair.target.sequence].match.score if pair.target.sequence in best else 0):
+            best[pair.target.sequence] = pair
+    fed = {pair.target.sequence for pair in pairs if _likeness(pair, truth) > LINKED}
+    return [pair for sequence, pair in best.items() if sequence in fed]
+
+
+def _likeness(pair: Pair, truth: Truth) -> float:
+    """Median correlation of the plain output's channels with the plain input's; 0 where they do not compare."""
     y, x = truth.of(pair.source).get("y"), truth.of(pair.target)["x"]
     if y is None or y.shape[1] != x.shape[1]:
-        return False
+        return 0.0
     if y.dim() == x.dim() == 4 and y.shape[2:] != x.shape[2:]:
         y = nn.functional.adaptive_max_pool2d(y.float(), x.shape[2:])
     if y.dim() != x.dim():
         y, x = _pixels(y), _pixels(x)
     if y.shape != x.shape:
-        return False
+        return 0.0
     y, x = (t.double().movedim(1, 0).flatten(1) for t in (y, x))
     y, x = (t - t.mean(1, keepdim=True) for t in (y, x))
     live = x.norm(dim=1) > 0
-    cosines = nn.functional.cosine_similarity(y[live], x[live], dim=1)
-    return bool(live.any()) and float(cosines.abs().median()) > LINKED
+    if not bool(live.any()):
+        return 0.0
+    return float(nn.functional.cosine_similarity(y[live], x[live], dim=1).abs().median())
 
 
 def _live(pair: Pair, truth: Truth) -> Tensor:

@@ -22,8 +22,8 @@ from tempo.audit.weak import FeaturesReused
 SCORES = 1 << 15
 """Rows that fourth cumulants are taken over, at the most."""
 
-AXES = 128
-"""Axes ``i`` of fourth cumulants, at the most."""
+AXES: dict[Effort, int] = {"quick": 32, "full": 128}
+"""Axes ``i`` of fourth cumulants, at the most: the strongest."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class DataAlignment(Attack):
         for gathered in gather(view, effort):
             layer = gathered.calls[0].layer
             if layer in known and known[layer].shape[1] == gathered.x.shape[1]:
-                found.append(Aligned(gathered, align(gathered.x, flat(known[layer]))))
+                found.append(Aligned(gathered, align(gathered.x, flat(known[layer]), effort)))
         if not found:
             raise NotApplicable("no product whose plain inputs are known has enough rows")
         return found
@@ -130,20 +130,20 @@ class DataAlignmentBase(DataAlignment):
         return Control(evidence, "row correlation of A", 0.95, "red-team: base plus data: 0.99 at drift 0.5%")
 
 
-def align(masked: Tensor, plain: Tensor) -> Tensor:
+def align(masked: Tensor, plain: Tensor, effort: Effort = "quick") -> Tensor:
     """Estimate orthogonal ``A`` with ``masked = L plain Aᵀ``, from rows×d samples of both.
 
     A row of ``x~`` is a mixture of rows under secret coefficients of either sign. So odd moments vanish, but fourth
     cumulants only shrink, by the sum of the coefficients' fourth powers, and keep their signs.
     """
-    scores, axes = zip(*(_principal(x) for x in (masked, plain)), strict=True)
-    odd = (_moments(scores[0]) * _moments(scores[1])).sum(0)
-    agreement = torch.outer(odd, odd) / 10 + _fourth_order(*scores)
+    (scores, axes), (scores_plain, axes_plain) = _principal(masked), _principal(plain)
+    odd = (_moments(scores) * _moments(scores_plain)).sum(0)
+    agreement = torch.outer(odd, odd) / 10 + _fourth_order(scores, scores_plain, AXES[effort])
     agreement.fill_diagonal_(0)
     signs = _signs(torch.linalg.eigh(agreement)[1][:, -1])
     for _ in range(50):
         signs = _signs(agreement @ signs)
-    A: Tensor = (axes[0] * signs) @ axes[1].T
+    A: Tensor = (axes * signs) @ axes_plain.T
     return A
 
 
@@ -154,14 +154,14 @@ def _principal(x: Tensor) -> tuple[Tensor, Tensor]:
     return scores / scores.square().mean(0).sqrt().clamp_min(1e-12), axes
 
 
-def _fourth_order(masked: Tensor, plain: Tensor) -> Tensor:
-    """How well cumulants ``cum(i, i, k, l)`` agree in sign, over the strongest axes ``i``: d×d.
+def _fourth_order(masked: Tensor, plain: Tensor, axes: int) -> Tensor:
+    """How well cumulants ``cum(i, i, k, l)`` agree in sign, over the strongest ``axes``: d×d.
 
     In units of about their sampling error and at most ten of them, so that no outlier decides.
     """
     total = torch.zeros(masked.shape[1], masked.shape[1], dtype=torch.float64)
     covariances = [z.T @ z / len(z) for z in (masked, plain)]
-    for i in range(max(0, len(total) - AXES), len(total)):
+    for i in range(max(0, len(total) - axes), len(total)):
         cumulants = []
         for z, c in zip((masked, plain), covariances, strict=True):
             cumulant = (z * z[:, i : i + 1] ** 2).T @ z / len(z) - c[i, i] * c - 2 * torch.outer(c[i], c[i])

@@ -17,7 +17,7 @@ from tempo.audit.truth import Truth
 from tempo.audit.unmixing import WIDTH, flat
 from tempo.audit.weak import Uncovered
 
-PAIRS: dict[Effort, int] = {"quick": 4, "full": 200}
+PAIRS: dict[Effort, int] = {"quick": 2, "full": 200}
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class GradientsJoint(Attack):
                     leaks=0.5,
                     chance=chance,
                     ceiling=1.0,
-                    meaning="the same of output features",
+                    meaning="the same of output features; √(inputs / outputs) at the most where there are more outputs",
                 ),
                 Figure(
                     name="misfit of the update",
@@ -158,7 +158,7 @@ def _rate(w: Tensor, dw: Tensor, w_next: Tensor) -> tuple[float, float]:
     rates = [unit * 10 ** (-power / 4) for power in range(25)]
     best = min(rates, key=misfit)
     low, high = best / 1.8, best * 1.8
-    for _ in range(40):  # golden section
+    for _ in range(30):  # golden section
         third = 0.381966 * (high - low)
         if misfit(low + third) < misfit(high - third):
             high -= third
@@ -173,6 +173,6 @@ def _agreement(last: list[Call], following: list[Call], role: str, basis: Tensor
     correlations = []
     for calls, vectors in ((last, basis), (following, basis_next)):
         rows = torch.cat([flat(getattr(call, role)) for call in calls if getattr(call, role) is not None])
-        scores = rows @ vectors
-        correlations.append(torch.corrcoef(scores.T).nan_to_num())
+        scores = rows @ vectors  # about zero, not about their mean: row masks leave that in second moments alone
+        correlations.append(F.normalize(scores, dim=0).T @ F.normalize(scores, dim=0))
     return correlations[0] * correlations[1]
