@@ -73,7 +73,7 @@ def features_masked(known: CallTruth) -> Tensor:
 
 
 def separation(recovered: Sequence[Unmixing], truth: Truth, what: str) -> Outcome:
-    """Mean over plain features of the largest |correlation| with a recovered one; rows may be mixed, it does not count.
+    """Mean |correlation| of plain features with recovered ones, assigned one to one; mixed rows do not count.
 
     Chance is the same after whitening and a random rotation: features with common causes correlate with anything.
     """
@@ -93,7 +93,7 @@ def separation(recovered: Sequence[Unmixing], truth: Truth, what: str) -> Outcom
                 leaks=(1 + chance) / 2,
                 chance=chance,
                 ceiling=1.0,
-                meaning=f"mean of the best |correlation| of each plain feature with one {what}, at the worst product",
+                meaning=f"mean |correlation| of plain features with one {what} each, at the worst product",
             )
         ]
     )
@@ -108,13 +108,19 @@ def _turned(white: Tensor) -> Tensor:
 
 
 def mean_best_correlation(plain: Tensor, recovered: Tensor) -> float:
-    """Over the columns of ``plain`` that vary, the mean of the largest |correlation| with a column of ``recovered``."""
+    """Over columns of ``plain`` that vary, the mean |correlation| with the column of ``recovered`` assigned to each.
+
+    One to one, by optimal assignment: a direction that all features have in common counts once.
+    """
+    from scipy.optimize import linear_sum_assignment
+
     plain, recovered = (t - t.mean(0) for t in (plain, recovered))
     spread = plain.norm(dim=0)
     plain = plain[:, spread > 1e-6 * spread.max()]
     norms = [t.norm(dim=0).clamp_min(1e-12) for t in (plain, recovered)]
-    correlation = (plain / norms[0]).T @ (recovered / norms[1])
-    return float(correlation.abs().amax(1).mean())
+    correlation = ((plain / norms[0]).T @ (recovered / norms[1])).abs()
+    features, components = linear_sum_assignment(correlation.numpy(), maximize=True)
+    return float(correlation[features, components].sum() / len(correlation))
 
 
 def whiten(x: Tensor, centre: bool = True) -> tuple[Tensor, Tensor]:

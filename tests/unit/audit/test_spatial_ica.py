@@ -32,7 +32,7 @@ def test_pictures_in_plain_are_recognised_as_they_are():
     recorded = convolve(dead_leaves(8, 1, 32, torch.Generator().manual_seed(1)), scheme="insecure-plain")
     finding, figures = attack(SpatialICA, recorded)
     assert figures["images recognisable without unmixing"] == 1
-    assert [len(pictures) for pictures in finding.panels[0].rows.values()] == [8, 8, 8]
+    assert [len(pictures) for pictures in finding.panels[0].rows.values()] == [8, 8, 8, 8]
 
 
 def test_channels_are_separated_too_where_they_are_independent():
@@ -49,9 +49,17 @@ def test_noise_is_not_separated():
 
 
 @pytest.mark.parametrize("which", [SpatialICA, Span])
-def test_more_maps_than_pixels_give_nothing_to_work_on(which):
+def test_small_maps_and_more_maps_than_pixels_give_nothing_to_work_on(which):
     recorded = convolve(torch.randn(32, 32, 6, 6), scheme="mix")
     assert attack(which, recorded)[0].verdict == "not applicable"
+
+
+@pytest.mark.parametrize(("scheme", "verdict"), [("tempo", "broken"), ("mix", "resisted")])
+def test_maps_too_many_to_unmix_are_looked_at_as_they_are(scheme, verdict):
+    recorded = convolve(dead_leaves(32, 32, 12, torch.Generator().manual_seed(1)), scheme=scheme)
+    finding, figures = attack(SpatialICA, recorded)
+    assert finding.verdict == verdict
+    assert (figures["images recognisable without unmixing"] > 0.9) == (scheme == "tempo")
 
 
 def test_single_precision_recognises_members_beside_shield_rows():
