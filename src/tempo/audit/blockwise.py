@@ -23,6 +23,10 @@ FOUND = 0.5
 """Residuals from here up are those of wrong masks: orthogonal ones at random leave about 1.4."""
 
 
+PROJECTIONS = 6
+"""Of a two-round mask on low-rank parts between its groups, which also move to where they fit."""
+
+
 def block_sizes(features: int, block: int) -> list[int]:
     """Sides of the blocks that `tempo.schemes.masks.draw_blocks` draws for one axis; one block where fewer fit."""
     count = max(1, features // block)
@@ -257,17 +261,25 @@ class Solution:
         p: ``P``, m×M.
         a: ``A``, d×d.
         w: ``Ŵ = Pᵀ w~ A``, M×d×taps, without what was taken for a cloak.
-        rows: Group of each row of ``w~``.
-        columns: Group of each column of ``w~``.
+        structures: The fitted models of both masks; their rows are grouped as those and the columns of ``w~`` are.
         residual: ``‖Ŵ − W_base‖ / ‖W_base‖``; the attacker sees it.
     """
 
     p: Tensor
     a: Tensor
     w: Tensor
-    rows: np.ndarray
-    columns: np.ndarray
+    structures: tuple[Model, Model]
     residual: float
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Group of each row of ``w~``."""
+        return self.structures[0].rows
+
+    @property
+    def columns(self) -> np.ndarray:
+        """Group of each column of ``w~``."""
+        return self.structures[1].rows
 
 
 def solve_one_round(
@@ -285,7 +297,7 @@ def solve_one_round(
         regroup: Steps of least squares between.
     """
     p, a = first.p, first.a
-    best = Solution(p, a, base, np.zeros(len(p), dtype=int), np.zeros(len(a), dtype=int), float("inf"))
+    solutions: list[Solution] = []
     failed = 0
     for sweep in range(sweeps):
         ours, theirs = (OneRound.near(each, block, saturate=sweep % 2 == 0) for each in (p, a))
@@ -300,14 +312,15 @@ def solve_one_round(
             if again.residual > found.residual * (1 - 1e-3):
                 break
             found = again
-        failed = 0 if found.residual < best.residual * (1 - 1e-4) else failed + 1
-        best = min(best, found, key=lambda each: each.residual)
-        if failed == 2 and best.residual < FOUND:
+        least = min((each.residual for each in solutions), default=float("inf"))
+        failed = 0 if found.residual < least * (1 - 1e-4) else failed + 1
+        solutions.append(found)
+        if failed == 2 and least < FOUND:
             break
         taken = _uncloaked(masked, base, found.p, found.a, cloak)
         rank_p, rank_a = _ranks(masked)
         p, a = polar(towards_p(taken, base, found.a), rank_p), polar(towards_a(taken, base, found.p), rank_a)
-    return best
+    return min(solutions, key=lambda each: each.residual)
 
 
 def refit(masked: Tensor, base: Tensor, p: Model, a: Model, cloak: int, steps: int) -> Solution:
@@ -325,11 +338,11 @@ def refit(masked: Tensor, base: Tensor, p: Model, a: Model, cloak: int, steps: i
     w = unmasked(taken, p.matrix, a.matrix)
     held = p.matrix.square().sum(0) > 0.5  # rows of the base that this worker holds
     residual = float((w - base)[held].norm() / base[held].norm())
-    return Solution(p.matrix, a.matrix, w, p.rows, a.rows, residual)
+    return Solution(p.matrix, a.matrix, w, (p, a), residual)
 
 
 def solve_two_rounds(
-    masked: Tensor, base: Tensor, first: Start, block: int, *, cloak: int = 0, projections: int = 10, steps: int = 120
+    masked: Tensor, base: Tensor, first: Start, block: int, *, cloak: int = 0, attempts: int = 3, steps: int = 120
 ) -> Solution:
     """Two rounds: group by sizes of entries, sharpen by projecting, then least squares over all four factors.
 
@@ -339,16 +352,23 @@ def solve_two_rounds(
         first: Where to start.
         block: Side of the blocks.
         cloak: Rank of an additive cloak to take off.
-        projections: Times to project before factors are fitted.
+        attempts: Times to group anew, each from the masks of the one before; the best is fitted to the end.
         steps: Steps of least squares at most.
     """
     p, a = first.p, first.a
-    ours, theirs = Halves.of(p, block), Halves.of(a, block)
-    for _ in range(projections):
-        near_p, near_a = polar(ours.project(p, block)), polar(theirs.project(a, block))
-        taken = _uncloaked(masked, base, near_p, near_a, cloak)
-        p, a = polar(towards_p(taken, base, near_a)), polar(towards_a(taken, base, near_p))
-    return refit(masked, base, TwoRounds.near(p, ours, block), TwoRounds.near(a, theirs, block), cloak, steps)
+    solutions: list[Solution] = []
+    for _ in range(attempts):
+        ours, theirs = Halves.of(p, block), Halves.of(a, block)
+        for _ in range(PROJECTIONS):
+            near_p, near_a = polar(ours.project(p, block)), polar(theirs.project(a, block))
+            taken = _uncloaked(masked, base, near_p, near_a, cloak)
+            p, a = polar(towards_p(taken, base, near_a)), polar(towards_a(taken, base, near_p))
+        fitted = TwoRounds.near(p, ours, block), TwoRounds.near(a, theirs, block)
+        solutions.append(refit(masked, base, *fitted, cloak, 8))
+        taken = _uncloaked(masked, base, solutions[-1].p, solutions[-1].a, cloak)
+        p, a = polar(towards_p(taken, base, solutions[-1].a)), polar(towards_a(taken, base, solutions[-1].p))
+    best = min(solutions, key=lambda each: each.residual)
+    return refit(masked, base, *best.structures, cloak, steps)
 
 
 def _uncloaked(masked: Tensor, base: Tensor, p: Tensor, a: Tensor, rank: int) -> Tensor:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from tempo.keys import Key
+from tempo.schemes.base import Problem
+from tempo.schemes.cloak import Cloak
 from tempo.schemes.masks import IDENTITY, Mask
 from tempo.schemes.mix import Mix
 from tempo.schemes.single import SingleMaskScheme
@@ -81,3 +86,24 @@ class InputsMixed(Mix):
     def row_mask(self, key: Key, part: int, rows: int) -> Mask:
         """That of `tempo`."""
         return Tempo().row_mask(key, part, rows)
+
+
+class StrongCloak(Mix):
+    """`mix` with a cloak whose energy is as given: one that sticks out of the weight's spectrum, and so can be cut off.
+
+    Args:
+        energy: ``‖cloak‖ / ‖W‖``.
+        rank: Of the cloak.
+    """
+
+    def __init__(self, energy: float, rank: int = 16) -> None:
+        super().__init__(cloak=rank, insecure_small_blocks=True)
+        self._energy = energy
+
+    def cloak(self, key: Key, problem: Problem, w: Tensor) -> Cloak | None:
+        """`mix`'s, scaled up."""
+        found = super().cloak(key, problem, w)
+        if found is None:
+            return None
+        scale = self._energy * w.norm() / found.cover(torch.zeros_like(w)).norm()
+        return Cloak(found.product, found.U * scale, found.V)

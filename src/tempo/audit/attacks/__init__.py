@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from tempo.audit.attack import Attack
+from tempo.audit.attacks.cloak_truncation import CloakTruncation
+from tempo.audit.attacks.consensus import Consensus
 from tempo.audit.attacks.covariance import Covariance
 from tempo.audit.attacks.cross_layer import CrossLayer
 from tempo.audit.attacks.data_alignment import DataAlignment, DataAlignmentBase
@@ -17,11 +19,13 @@ from tempo.audit.attacks.model_theft import ModelTheft
 from tempo.audit.attacks.nmf import NMF
 from tempo.audit.attacks.procrustes import Procrustes
 from tempo.audit.attacks.reconstruction import Reconstruction, ReconstructionBase
+from tempo.audit.attacks.robust_pca import RobustPCA
 from tempo.audit.attacks.signatures import Signatures
 from tempo.audit.attacks.singular_vectors import SingularVectors
 from tempo.audit.attacks.span import Span
 from tempo.audit.attacks.sparse_frame import SparseFrame
 from tempo.audit.attacks.spatial_ica import SpatialICA
+from tempo.audit.attacks.two_round import TwoRound
 from tempo.audit.attacks.zero_rows import ZeroRows
 
 _ATTACKS: tuple[type[Attack], ...] = (
@@ -32,6 +36,10 @@ _ATTACKS: tuple[type[Attack], ...] = (
     SpatialICA,
     Span,
     SparseFrame,
+    Consensus,
+    TwoRound,
+    CloakTruncation,
+    RobustPCA,
     Signatures,
     Linking,
     Directions,

@@ -42,8 +42,7 @@ DRIFTS = (0.005, 0.02, 0.05, 0.1)
 class FrameGuess(Guess):
     """A guess with the masks that made it."""
 
-    solution: Solution | None = field(default=None, repr=False)
-    start: Start | None = field(default=None, repr=False)
+    solution: Solution = field(kw_only=True, repr=False)
 
 
 @dataclass(frozen=True)
@@ -150,26 +149,23 @@ def undo(call: Call, candidates: Mapping[str, Tensor]) -> FrameGuess:
     return one_round(call, candidates, name, start)
 
 
-def one_round(
-    call: Call, candidates: Mapping[str, Tensor], name: str, start: Start, cloak: int = 0, base: Tensor | None = None
-) -> FrameGuess:
-    """The guess that one-round masks of the likeliest block size give, from a start."""
-    public = candidates[name]
-    masked, reference = as_taps(call.w), as_taps(public) if base is None else base
-    sizes = plausible(start, masked)
+def one_round(call: Call, candidates: Mapping[str, Tensor], name: str, start: Start, cloak: int = 0) -> FrameGuess:
+    """The guess that one-round masks of the likeliest block size give, from a start; less a cloak of some rank."""
+    masked, base = as_taps(call.w), as_taps(candidates[name])
     solution = blockwise.choose_block(
-        lambda block: blockwise.solve_one_round(masked, reference, start, block, cloak=cloak), masked.shape, sizes, 1
+        lambda block: blockwise.solve_one_round(masked, base, start, block, cloak=cloak),
+        masked.shape,
+        plausible(start, masked),
+        1,
     )
-    return guess(call, candidates, name, solution, start)
+    return guess(call, candidates, name, solution)
 
 
-def guess(
-    call: Call, candidates: Mapping[str, Tensor], name: str, solution: Solution, start: Start | None
-) -> FrameGuess:
+def guess(call: Call, candidates: Mapping[str, Tensor], name: str, solution: Solution) -> FrameGuess:
     """Of a solution; rows that this worker does not hold stay public."""
     public = candidates[name].double()
     w = torch.where(held(solution)[:, None, None], solution.w, as_taps(public)).view_as(public)
-    return FrameGuess(call, candidates, name, w, solution=solution, start=start)
+    return FrameGuess(call, candidates, name, w, solution=solution)
 
 
 def held(solution: Solution) -> Tensor:
@@ -190,8 +186,6 @@ def mask_figures(guesses: Sequence[FrameGuess], truth: Truth) -> list[Figure]:
     """Purity of the recovered blocks and correlation with the true masks, of the product that leaks most by each."""
     purities, correlations = [], []
     for each in guesses:
-        if each.solution is None:
-            continue
         behind = truth.of(each.call)
         if behind.mask("A").blocks:
             purities.append(purity(each.solution.columns, block_of_rows(behind.mask("A"))))
