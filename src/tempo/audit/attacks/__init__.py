@@ -24,6 +24,7 @@ from tempo.audit.attacks.signatures import Signatures
 from tempo.audit.attacks.singular_vectors import SingularVectors
 from tempo.audit.attacks.span import Span
 from tempo.audit.attacks.sparse_frame import SparseFrame
+from tempo.audit.attacks.sparse_frame_inputs import SparseFrameInputs
 from tempo.audit.attacks.spatial_ica import SpatialICA
 from tempo.audit.attacks.two_round import TwoRound
 from tempo.audit.attacks.zero_rows import ZeroRows
@@ -36,6 +37,7 @@ _ATTACKS: tuple[type[Attack], ...] = (
     SpatialICA,
     Span,
     SparseFrame,
+    SparseFrameInputs,
     Consensus,
     TwoRound,
     CloakTruncation,
