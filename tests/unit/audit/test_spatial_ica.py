@@ -41,6 +41,13 @@ def test_channels_are_separated_too_where_they_are_independent():
     assert attack(SpatialICA, recorded)[1]["images recovered"] == 1
 
 
+def test_what_all_pictures_have_in_common_does_not_count():
+    generator = torch.Generator().manual_seed(1)
+    common = 20 * dead_leaves(1, 1, 24, generator)
+    x = common + torch.randn(16, 1, 24, 24, generator=generator)
+    assert attack(SpatialICA, convolve(x, masks=Uncovered(1, 16)))[0].verdict == "resisted"
+
+
 def test_noise_is_not_separated():
     recorded = convolve(torch.randn(16, 1, 24, 24, generator=torch.Generator().manual_seed(1)), masks=Uncovered(1, 16))
     finding, figures = attack(SpatialICA, recorded)
@@ -56,7 +63,7 @@ def test_small_maps_and_more_maps_than_pixels_give_nothing_to_work_on(which):
 
 @pytest.mark.parametrize(("scheme", "verdict"), [("tempo", "broken"), ("mix", "resisted")])
 def test_maps_too_many_to_unmix_are_looked_at_as_they_are(scheme, verdict):
-    recorded = convolve(dead_leaves(32, 32, 12, torch.Generator().manual_seed(1)), scheme=scheme)
+    recorded = convolve(dead_leaves(32, 32, 16, torch.Generator().manual_seed(1)), scheme=scheme)
     finding, figures = attack(SpatialICA, recorded)
     assert finding.verdict == verdict
     assert (figures["images recognisable without unmixing"] > 0.9) == (scheme == "tempo")

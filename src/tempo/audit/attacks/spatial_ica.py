@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tempo.audit import lab
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome, Panel
@@ -18,7 +19,7 @@ from tempo.audit.unmixing import fast_ica
 from tempo.audit.weak import Uncovered
 
 SOURCES: dict[Effort, int] = {"quick": 192, "full": 1024}
-PIXELS = 64
+PIXELS = 256
 """Of the smallest maps that are looked at: small ones are alike by chance."""
 CALLS: dict[Effort, int] = {"quick": 2, "full": 16}
 
@@ -128,9 +129,14 @@ def unmix(x: Tensor) -> Tensor:
 
 
 def recognised(plain: Tensor, maps: Tensor) -> tuple[float, Tensor]:
-    """Share of N images of which one channel has |correlation| > 0.9 with a map; and the best map of each channel."""
+    """Share of N images of which one channel has |correlation| > 0.9 with a map; and the best map of each channel.
+
+    What all have in common, the mean over the batch, is taken out of both: it is no picture of anything.
+    """
     images, channels = plain.shape[:2]
-    found = correlations(plain.flatten(0, 1), maps)
+    common = F.normalize(plain.mean((0, 1)).flatten(), dim=0)
+    distinct = [t - torch.outer(t @ common, common) for t in (plain.flatten(2).flatten(0, 1), maps.flatten(1))]
+    found = correlations(*distinct)
     best = found.abs().amax(1).view(images, channels).amax(1)
     return float((best > 0.9).double().mean()), found.abs().argmax(1).view(images, channels)
 
