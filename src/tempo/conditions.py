@@ -28,7 +28,7 @@ _NAMES: Final = ("relu", "gelu", "silu", "swish", "mish", "elu")
 def conditions(model: nn.Module, origin: Origin) -> set[str]:
     """The keys of `Traits.known_breaks` that apply to ``model``; of functional calls nothing is seen.
 
-    Not among them is ``zero-gradient-rows``, which depends on the loss.
+    Not among them is ``spatial-convolution``: which convolutions go out as they are shows when they are called.
     """
     found = {"always"}
     if origin.known_public:

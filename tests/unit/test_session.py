@@ -176,3 +176,14 @@ def test_activations_that_keep_signs_are_seen(model, expected):
     assert conditions(model, origin(model)) == expected
     model.config = types.SimpleNamespace(_name_or_path="", activation_function="gelu_new")
     assert conditions(model, origin(model, "public")) == {"always", "relu", "public-base"}
+
+
+def test_convolutions_that_go_out_as_they_are_are_warned_of_under_mix(connect):
+    x = torch.randn(2, 40, 5, 5)
+    for kernel, options, warned in ((3, {}, True), (3, {"unfold": True}, False), (1, {}, False)):
+        model = connect(scheme="mix", **options).protect(nn.Conv2d(40, 40, kernel))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(x)
+            model(x)
+        assert sum("unfold=True" in str(w.message) for w in caught) == warned

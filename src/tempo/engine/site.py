@@ -95,6 +95,8 @@ class Site:
             return trusted()
         if kind.groups == 1 and all(size == 1 for size in weight.shape[2:]) and not any(kind.padding):
             return self._pointwise(x, weight, bias, kind)
+        if broken := self.scheme.traits.known_breaks.get("spatial-convolution"):
+            self.engine.warn_once(f"scheme {self.scheme.name!r}: {broken}", ProtectionWarning)
         self._warn_of_span(x)
         (y,) = offload(self._product(kind), x.to(compute_dtype(x, weight)), [weight], [bias])
         return y

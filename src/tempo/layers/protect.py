@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -209,6 +210,8 @@ def _refused(scheme: Scheme, module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return scheme.refuses(Linear(), (rows, shape[1]), shape) is not None
     if isinstance(module, CONVOLUTIONS):
+        if scheme.traits.unfolds and module.groups == 1:
+            return scheme.refuses(Linear(), (rows, prod(shape[1:])), (shape[0], prod(shape[1:]))) is not None
         ones = (1,) * (len(shape) - 2)
         kind = Conv(ones, (0,) * len(ones), ones, module.groups)
         return scheme.refuses(kind, (rows, module.in_channels, *shape[2:]), shape) is not None

@@ -90,7 +90,8 @@ class Traits:
     mask_seconds_per_element: float = 1.5e-9
     """Masking or unmasking one element in pure torch on one core, measured on Zen 4 (see benchmarks/)."""
     known_breaks: Mapping[str, str] = field(default_factory=dict)
-    """What is known to undo the scheme, by what makes it apply: ``always``, ``relu``, ``public-base``."""
+    """What is known to undo the scheme, by what makes it apply: ``always``, ``relu``, ``public-base``,
+    ``spatial-convolution``; see `tempo.conditions`."""
 
 
 class EncodedGradient(ABC):

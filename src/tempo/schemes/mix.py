@@ -18,6 +18,9 @@ class Mix(Mixing):
             "public-base": "one round of mixing gives a fine-tuned change away to a worker that knows the base "
             "checkpoint (error of the recovered change 0.28 at blocks of 32; below 1 it leaks), and more steps make "
             "it worse (docs/schemes/mix.md); mix-tuned is the preset for this",
+            "spatial-convolution": "the taps of a kernel share their masks, so a worker can link the fresh masks of a "
+            "convolution from step to step and undo the freshness; unfold=True masks taps and positions too "
+            "(docs/schemes/mix.md)",
         },
     )
     # Smaller blocks of features fall to sparse-direction searches and to frames of a known base, smaller blocks of rows

@@ -26,8 +26,9 @@ class Tempo(SingleMaskScheme):
     traits = Traits(
         protects="permutes and scales what workers see; sign patterns, or a known base checkpoint, undo it",
         known_breaks={
-            "always": "positive scales keep zeros and signs, and ReLU, GELU, SiLU and tanh carry them from layer to "
-            "layer; matching sign patterns of neighbouring layers recovered every permutation, with nothing else known "
+            "always": "positive scales keep zeros and signs as they are, and masks of successive steps can be linked",
+            "relu": "this model's activations (ReLU, GELU, SiLU and the like) carry zeros and signs to the next layer; "
+            "matching neighbouring layers recovers the permutations, and so the network, with nothing else known "
             "(docs/schemes/tempo.md)",
             "public-base": "row and column signatures against the public checkpoint recover permutations and scales",
         },
