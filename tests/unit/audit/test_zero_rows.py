@@ -44,6 +44,14 @@ def test_two_rounds_hide_single_rows_but_not_their_span():
     assert figures["residual of live rows in the span"] < 1e-4
 
 
+@pytest.mark.parametrize("base", ["secret", "public"])
+def test_mix_covers_rows_of_zeros(base):
+    finding, figures = attack(class_token_run(scheme="mix", base=base))
+    assert finding.verdict == "resisted"
+    assert figures["live rows isolated"] == 0
+    assert figures["live rows in a known span"] == 0
+
+
 def test_rows_that_are_only_permuted_stand_alone():
     _, figures = attack(class_token_run(scheme="tempo"))
     assert figures["live rows isolated"] == 1
