@@ -9,19 +9,19 @@ each product. Delta error below 1 leaks, and knowing the base alone gives 1. Usa
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import nn
 
-from tempo import schemes
 from tempo.audit import basecase
-from tempo.audit.attack import Evidence
+from tempo.audit.attack import Curve, Evidence
 from tempo.audit.attacks import REGISTRY
 from tempo.audit.attacks.procrustes import correlated
 from tempo.audit.attacks.signatures import FULL_DRIFTS
+from tempo.audit.report import Report, write
 from tempo.audit.weak import InputsMixed
 from tempo.bench.measure import machine
 
@@ -32,6 +32,9 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "mix, two rounds": {"scheme": "mix", "mix_rounds": 2},
     "mix-tuned": {"scheme": "mix-tuned"},
 }
+
+LEAKS = 0.9
+"""Delta error from which downwards the attacks count as successful."""
 
 
 def matrices(drift: float, **fields: Any) -> Evidence:
@@ -48,30 +51,52 @@ def convolutions(drift: float, **fields: Any) -> Evidence:
 
 def main() -> None:
     torch.set_num_threads(1)
-    results = []
-    for scheme, fields in SCHEMES.items():
-        if fields.get("scheme", "mix") not in schemes.names():
-            continue
-        for kind in (matrices, convolutions):
+    begun, curves = time.perf_counter(), []
+    for kind in (matrices, convolutions):
+        errors: dict[str, list[float | None]] = {}
+        rotations: dict[str, list[float | None]] = {}
+        for scheme, fields in SCHEMES.items():
             evidence = kind(0.05, **fields)
+            found = []
             for attack in ("signatures", "directions", "singular-vectors"):
                 finding = REGISTRY[attack]().run(evidence.view, evidence.knowledge, evidence.truth, "full")
-                for curve in finding.curves:
-                    results.append({"scheme": scheme, "products": kind.__name__, "attack": attack, "curve": curve})
-                    print(scheme, kind.__name__, attack, curve.series["delta error"], flush=True)
-            found: dict[str, list[float]] = {"row correlation of A": [], "delta error": []}
-            for drift in FULL_DRIFTS[1:]:
-                evidence = kind(drift, **fields)
-                finding = REGISTRY["procrustes"]().run(evidence.view, evidence.knowledge, evidence.truth, "full")
-                for figure in finding.figures:
-                    if figure.name in found:
-                        found[figure.name].append(figure.value)
-            results.append({"scheme": scheme, "products": kind.__name__, "attack": "procrustes", "figures": found})
-            print(scheme, kind.__name__, "procrustes", found, flush=True)
-    about = machine() | {"drifts": FULL_DRIFTS, "command": "python benchmarks/audit/known_base.py known_base.json"}
-    Path(sys.argv[1]).write_bytes(
-        msgspec.json.format(msgspec.json.encode({"about": about, "results": results})) + b"\n"
-    )
+                found += [curve.series["delta error"] for curve in finding.curves]
+            errors[scheme] = [
+                min((error for error in at if error is not None), default=None) for at in zip(*found, strict=True)
+            ]
+            rotations[scheme] = [None, *(row_correlation(kind(drift, **fields)) for drift in FULL_DRIFTS[1:])]
+            print(kind.__name__, scheme, errors[scheme], rotations[scheme], flush=True)
+        about = f"{kind.__doc__} One step recorded; the product that leaks most."
+        curves += [
+            Curve(
+                title=f"Known base, {kind.__name__}: private change over drift",
+                x_label="drift of the weight from the public checkpoint",
+                y_label="delta error",
+                x=list(FULL_DRIFTS),
+                series=errors,
+                leaks=LEAKS,
+                higher_leaks=False,
+                note=f"{about} The best of three attacks; knowing the base alone gives 1.",
+            ),
+            Curve(
+                title=f"Known base and data, {kind.__name__}: mask of the input over drift",
+                x_label="drift of the weight from the public checkpoint",
+                y_label="row correlation of A",
+                x=list(FULL_DRIFTS),
+                series=rotations,
+                leaks=0.5,
+                note=f"{about} By procrustes, from moments of the inputs and the weight.",
+            ),
+        ]
+    command = "python benchmarks/audit/known_base.py known_base.json"
+    seconds = time.perf_counter() - begun
+    write(Report(runs=[], curves=curves, command=command, machine=machine(), seconds=seconds), Path(sys.argv[1]))
+
+
+def row_correlation(evidence: Evidence) -> float | None:
+    """What `procrustes` reaches."""
+    finding = REGISTRY["procrustes"]().run(evidence.view, evidence.knowledge, evidence.truth, "full")
+    return next((figure.value for figure in finding.figures if figure.name == "row correlation of A"), None)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,9 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
     x: list[float]
     series: dict[str, list[float | None]]
     leaks: float | None = None
+    """From here on it counts as a leak; `higher_leaks` says to which side, as for a `Figure`."""
+
+    higher_leaks: bool = True
     note: str = ""
 
 

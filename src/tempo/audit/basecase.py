@@ -324,5 +324,6 @@ def drift_curve(name: str, undo: Undo, guess: Guess, truth: Truth, drifts: Seque
         x=list(drifts),
         series=series,
         leaks=LEAKS,
+        higher_leaks=False,
         note="one product of this transcript, its private change scaled, under the masks that it had",
     )

@@ -40,7 +40,7 @@ def page(report: Report) -> str:
             subjects=list(_subjects(report)),
             attacks=_attacks(report),
             tally=_tally(report),
-            threshold=lambda curve: _threshold(report, curve),
+            threshold=_threshold,
         )
     )
 
@@ -217,14 +217,10 @@ def _tally(report: Report) -> dict[str, int]:
     return {verdict: verdicts.count(verdict) for verdict in ("broken", "resisted", "not applicable", "not scored")}
 
 
-def _threshold(report: Report, curve: Curve) -> str:
-    """From where on it leaks, and to which side, if a figure of the curve's name, or of its finding, says so."""
-    findings = [finding for run in report.runs for finding in run.findings]
-    named = [f for finding in findings for f in finding.figures if f.name == curve.y_label]
-    beside = [f for finding in findings if curve in finding.curves for f in finding.figures if f.leaks == curve.leaks]
-    higher = next((figure.higher_leaks for figure in [*named, *beside]), None)
-    side = {True: "leaks above", False: "leaks below", None: "threshold of a leak"}[higher]
-    return f"{side} {number(curve.leaks)}" if curve.leaks is not None else ""
+def _threshold(curve: Curve) -> str:
+    """From where on it leaks, and to which side."""
+    side = "above" if curve.higher_leaks else "below"
+    return f"leaks {side} {number(curve.leaks)}" if curve.leaks is not None else ""
 
 
 def _slug(text: str) -> str:

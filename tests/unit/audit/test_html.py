@@ -65,6 +65,7 @@ def report(text: str = "net", scheme: str = "mix") -> Report:
         x=[4, 8, 64],
         series={f"series {text}": [0.1, None, 1.0], "other": [0.2, 0.3]},
         leaks=0.8,
+        higher_leaks=False,
         note=text,
     )
     panel = Panel(title=f"Images {text}", rows={f"original {text}": [PIXEL, PIXEL], "formed": [PIXEL, PIXEL]})
