@@ -230,10 +230,10 @@ class Halves:
     columns: np.ndarray
 
     @classmethod
-    def of(cls, matrix: Tensor, block: int) -> Halves:
+    def of(cls, matrix: Tensor, block: int, power: float = 1.0) -> Halves:
         """From where entries are large: a pair of groups shares more or fewer hidden features."""
-        sizes = block_sizes(len(matrix), block)
-        return cls(cluster(matrix.abs(), sizes), cluster(matrix.T.abs(), sizes))
+        sizes, magnitude = block_sizes(len(matrix), block), matrix.abs() ** power
+        return cls(cluster(magnitude, sizes), cluster(magnitude.T, sizes))
 
     def project(self, matrix: Tensor, block: int) -> Tensor:
         """Between each pair of groups the nearest matrix with singular values 0 and 1; regroups by how well it fits."""
@@ -342,7 +342,7 @@ def refit(masked: Tensor, base: Tensor, p: Model, a: Model, cloak: int, steps: i
 
 
 def solve_two_rounds(
-    masked: Tensor, base: Tensor, first: Start, block: int, *, cloak: int = 0, attempts: int = 3, steps: int = 120
+    masked: Tensor, base: Tensor, first: Start, block: int, *, cloak: int = 0, attempts: int = 6, steps: int = 120
 ) -> Solution:
     """Two rounds: group by sizes of entries, sharpen by projecting, then least squares over all four factors.
 
@@ -352,19 +352,22 @@ def solve_two_rounds(
         first: Where to start.
         block: Side of the blocks.
         cloak: Rank of an additive cloak to take off.
-        attempts: Times to group anew, each from the masks of the one before; the best is fitted to the end.
+        attempts: Times to group anew at most, each from the masks of the one before, until two agree.
         steps: Steps of least squares at most.
     """
     p, a = first.p, first.a
     solutions: list[Solution] = []
-    for _ in range(attempts):
-        ours, theirs = Halves.of(p, block), Halves.of(a, block)
+    for attempt in range(attempts):
+        power = (1.0, 0.5)[attempt % 2]  # two ways of grouping seldom fail alike
+        ours, theirs = Halves.of(p, block, power), Halves.of(a, block, power)
         for _ in range(PROJECTIONS):
             near_p, near_a = polar(ours.project(p, block)), polar(theirs.project(a, block))
             taken = _uncloaked(masked, base, near_p, near_a, cloak)
             p, a = polar(towards_p(taken, base, near_a)), polar(towards_a(taken, base, near_p))
         fitted = TwoRounds.near(p, ours, block), TwoRounds.near(a, theirs, block)
         solutions.append(refit(masked, base, *fitted, cloak, 8))
+        if attempt and abs(solutions[-1].residual - solutions[-2].residual) < 0.02 * solutions[-1].residual:
+            break
         taken = _uncloaked(masked, base, solutions[-1].p, solutions[-1].a, cloak)
         p, a = polar(towards_p(taken, base, solutions[-1].a)), polar(towards_a(taken, base, solutions[-1].p))
     best = min(solutions, key=lambda each: each.residual)
