@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,8 +24,10 @@ from tempo.audit.attack import Curve
 from tempo.audit.frames import as_taps
 from tempo.audit.report import Report, write
 from tempo.keys import KeySchedule
+from tempo.schemes import cloak
 from tempo.schemes.masks import Form, draw_blocks
 from tempo.schemes.sandwich import sandwich
+from tempo.wire.messages import Linear
 
 LEAKS = 0.9
 CAP = 2.0
@@ -61,12 +64,12 @@ def attack(
     change = torch.randn(base.shape, generator=generator, dtype=torch.float64)
     change *= drift * base.norm() / change.norm()
     w = base + change
-    cloak = torch.zeros_like(w)
+    low_rank = torch.zeros_like(w)
     if rank:
         u, v = (torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64)).Q for _ in range(2))
-        cloak = strength * base.norm() / size**0.5 * u @ v.T
+        low_rank = strength * base.norm() / size**0.5 * u @ v.T
     p, a = mask(size, block, rounds, keys), mask(size, block, rounds, keys)
-    masked, public = as_taps(p @ (w + cloak) @ a.T), as_taps(base)
+    masked, public = as_taps(p @ (w + low_rank) @ a.T), as_taps(base)
     solve = blockwise.solve_one_round if rounds == 1 else blockwise.solve_two_rounds
     found = []
     for band in bands:
@@ -78,12 +81,46 @@ def attack(
     return min(error, CAP), correlation
 
 
+def steps(base: Tensor, block: int, drift: float, count: int) -> float:
+    """Delta error from ``count`` steps of one weight under fresh one-round masks."""
+    generator, keys = torch.Generator().manual_seed(block), KeySchedule()
+    change = torch.randn(base.shape, generator=generator, dtype=torch.float64)
+    change *= drift * base.norm() / change.norm()
+    public, found = as_taps(base), []
+    for _ in range(count):
+        p, a = (mask(len(base), block, 1, keys) for _ in range(2))
+        masked = as_taps(p @ (base + change) @ a.T)
+        found.append((masked, blockwise.solve_one_round(masked, public, frames.start(masked, public), block)))
+    reference = public
+    for _ in range(8 if count > 1 else 0):
+        found = [(masked, blockwise.refit(masked, reference, *each.structures, 0, 4)) for masked, each in found]
+        reference = torch.stack([each.w for _, each in found]).mean(0)
+    w = reference if count > 1 else found[0][1].w
+    error = min(float((w[:, :, 0] - base - change).norm() / change.norm()), CAP)
+    print(json.dumps({"point": f"{count} steps, blocks of {block}", "delta error": round(error, 3)}), flush=True)
+    return error
+
+
+def first(width: int, strength: float) -> float:
+    """Row correlation of the start under two rounds of 32 and the cloak that the scheme draws."""
+    base, keys, generator = synthetic(width), KeySchedule(), torch.Generator().manual_seed(width)
+    change = torch.randn(base.shape, generator=generator, dtype=torch.float64)
+    w = base + change * (0.005 * base.norm() / change.norm())
+    drawn = cloak.draw(keys.fresh(0, "w").stream("cloak"), Linear(), w, 16, strength)
+    p, a = (mask(width, 32, 2, keys) for _ in range(2))
+    start = frames.start(as_taps(p @ drawn.cover(w).double() @ a.T), as_taps(base))
+    correlation = abs(float(torch.nn.functional.cosine_similarity(start.a, a, dim=1).mean()))
+    print(json.dumps({"point": f"width {width}, strength {strength}", "start": round(correlation, 3)}), flush=True)
+    return correlation
+
+
 def main() -> None:
     """Run the sweep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=Path, help="safetensors file of a public checkpoint; synthetic without")
     parser.add_argument("--name", default="", help="of a square weight in it")
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--part", choices=("blocks", "steps", "width"), default="blocks")
     options = parser.parse_args()
     torch.set_num_threads(1)
     whole = load_file(options.weights)[options.name].double() if options.weights else None
@@ -94,25 +131,20 @@ def main() -> None:
     def weight(width: int) -> Tensor:
         return synthetic(width) if whole is None else whole[:width, :width]
 
-    def keep(title: str, x_label: str, x: list[float], series: dict[str, list[float | None]], note: str) -> None:
+    def keep(
+        title: str,
+        x_label: str,
+        x: Sequence[float],
+        series: dict[str, list[float | None]],
+        note: str,
+        y_label: str = "delta error",
+    ) -> None:
+        leaks = LEAKS if y_label == "delta error" else None
         curves.append(
-            Curve(
-                title=title,
-                x_label=x_label,
-                y_label="delta error",
-                x=x,
-                series=series,
-                leaks=LEAKS,
-                higher_leaks=False,
-                note=note,
-            )
+            Curve(title=title, x_label=x_label, y_label=y_label, x=list(x), series=series, leaks=leaks, note=note)
         )
-        command = " ".join(
-            [
-                "python benchmarks/audit/sparse_frame.py",
-                *(["--weights", "FILE", "--name", options.name] if options.weights else []),
-            ]
-        )
+        weights = f" --weights FILE --name {options.name}" if options.weights else ""
+        command = f"python benchmarks/audit/sparse_frame.py --part {options.part}{weights}"
         machine = {
             "processor": next(
                 (
@@ -146,6 +178,27 @@ def main() -> None:
             flush=True,
         )
         return error
+
+    if options.part == "steps":
+        counts = [1, 4, 16]
+        series = {
+            f"blocks of {block}": [steps(weight(96), block, 0.02, count) for count in counts] for block in (16, 32)
+        }
+        keep("Steps under fresh masks, one round, 2% drift", "steps", counts, series, f"width 96, {origin}")
+        return
+
+    if options.part == "width":
+        widths, strengths = [384, 768, 1024], (0.5, 1.0)
+        series = {f"strength {strength}": [first(width, strength) for width in widths] for strength in strengths}
+        keep(
+            "Two rounds of 32 under the scheme's own cloak of rank 16, 0.5% drift: how right the attack's start is",
+            "width",
+            widths,
+            series,
+            "row correlation of the start with the true mask; random weights with power-law spectrum",
+            "row correlation",
+        )
+        return
 
     base = weight(256)
     series: dict[str, list[float | None]] = {}
