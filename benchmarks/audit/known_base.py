@@ -24,12 +24,14 @@ from tempo.audit.attacks.signatures import FULL_DRIFTS
 from tempo.audit.report import Report, write
 from tempo.audit.weak import InputsMixed
 from tempo.bench.measure import machine
+from tempo.schemes.mix import Mix
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "tempo": {"scheme": "tempo"},
     "inputs mixed alone, outputs as in tempo": {"masks": InputsMixed(64)},
-    "mix, one round": {"scheme": "mix"},
-    "mix, two rounds": {"scheme": "mix", "mix_rounds": 2},
+    "one round of mixing, no cloak": {"masks": Mix(cloak=0, insecure_small_blocks=True)},
+    "two rounds of mixing, no cloak": {"masks": Mix(rounds=2, cloak=0, insecure_small_blocks=True)},
+    "mix": {"scheme": "mix"},
     "mix-tuned": {"scheme": "mix-tuned"},
 }
 

@@ -39,8 +39,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     divide_flops: Annotated[int, Meta(ge=1)] = 1 << 27
     """Products below this many FLOPs go whole to one worker: dividing them costs more round trips than it saves."""
 
-    rekey_rows: Annotated[int, Meta(ge=1)] = 1 << 17
-    """A weight's masks expire after serving this many rows, evaluation included."""
+    rekey_rows: Annotated[int, Meta(ge=1)] = 1 << 13
+    """A weight's masks expire after serving this many rows, evaluation included: statistics live on reuse."""
 
     unfold: bool = False
     """Send spatial convolutions as patches times a matrix: masks then cover positions and kernel taps too, for as many

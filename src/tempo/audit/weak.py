@@ -18,7 +18,7 @@ class OneSided(Mix):
     """`mix` on features alone: rows are sent unmixed and in order."""
 
     def __init__(self, block: int = 32, rounds: int = 1) -> None:
-        super().__init__(block, 1, rounds, insecure_small_blocks=True)
+        super().__init__(block, 1, rounds, cloak=0, insecure_small_blocks=True)
 
     def row_mask(self, key: Key, part: int, rows: int) -> Mask:
         """The identity."""
@@ -43,7 +43,7 @@ class RowsOnly(Mix):
     """`mix` on rows alone: features are sent unmixed and in order."""
 
     def __init__(self, row_block: int = 32, rounds: int = 1) -> None:
-        super().__init__(1, row_block, rounds, insecure_small_blocks=True)
+        super().__init__(1, row_block, rounds, cloak=0, insecure_small_blocks=True)
 
     def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
         """The identity, twice."""
@@ -69,15 +69,15 @@ class Uncovered(SingleMaskScheme):
 
 
 def small_mix(block: int, row_block: int = 32, rounds: int = 1) -> Mix:
-    """`mix` with blocks below the sizes that a session accepts."""
-    return Mix(block, row_block, rounds, insecure_small_blocks=True)
+    """`mix` with blocks below the sizes that a session accepts, and no cloak."""
+    return Mix(block, row_block, rounds, cloak=0, insecure_small_blocks=True)
 
 
 class InputsMixed(Mix):
     """`mix` on input features alone; output features are permuted and scaled as in `tempo`, rows likewise."""
 
     def __init__(self, block: int = 32, rounds: int = 1) -> None:
-        super().__init__(block, 1, rounds, insecure_small_blocks=True)
+        super().__init__(block, 1, rounds, cloak=0, insecure_small_blocks=True)
 
     def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
         """``A`` of `mix`, ``P`` of `tempo`."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from tempo.schemes.base import Traits
-from tempo.schemes.mixing import Mixing, Preset
+from tempo.schemes.mixing import LEAST_CLOAK, Mixing, Preset
 
 
 class Mix(Mixing):
-    """One round, masks of features kept while the weight is, no cloak unless asked for."""
+    """One round, a cloak, masks of features kept while the weight is."""
 
     name = "mix"
     traits = Traits(
@@ -25,4 +25,5 @@ class Mix(Mixing):
     )
     # Smaller blocks of features fall to sparse-direction searches and to frames of a known base, smaller blocks of rows
     # to pair tests with no prior knowledge at all.
-    preset = Preset(rounds=1, cloak=0, least_block=8, least_row_block=16)
+    # Without a cloak, the step from one weight to the next (W~ − η dW~) links its fresh masks to those before.
+    preset = Preset(rounds=1, cloak=LEAST_CLOAK, least_block=8, least_row_block=16)

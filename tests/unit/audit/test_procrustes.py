@@ -9,6 +9,9 @@ from tempo.audit import basecase
 from tempo.audit.attacks.procrustes import Procrustes, correlated, rotation
 from tempo.audit.attacks.singular_vectors import polar
 from tempo.audit.weak import OneSided
+from tempo.schemes.mix import Mix
+
+UNCLOAKED = Mix(cloak=0, insecure_small_blocks=True)
 
 
 def figures(evidence):
@@ -16,9 +19,9 @@ def figures(evidence):
     return finding, {figure.name: figure.value for figure in finding.figures}
 
 
-@pytest.mark.parametrize("fields", [{"masks": OneSided(16)}, {"scheme": "mix"}, {"scheme": "mix", "mix_rounds": 2}])
-def test_a_mask_of_features_is_recovered_however_rows_are_mixed(fields):
-    finding, found = figures(correlated(0.02, **fields))
+@pytest.mark.parametrize("masks", [OneSided(16), UNCLOAKED, Mix(rounds=2, cloak=0, insecure_small_blocks=True)])
+def test_a_mask_of_features_is_recovered_however_rows_are_mixed(masks):
+    finding, found = figures(correlated(0.02, masks=masks))
     assert finding.verdict == "broken"
     assert found["row correlation of A"] > 0.9
     assert found["delta error"] > 0.9
@@ -31,17 +34,17 @@ def test_scales_do_not_cancel_in_second_moments():
 
 
 def test_groups_and_convolutions_are_attacked_too():
-    attention = basecase.record(basecase.Attention(), 0.02, inputs=torch.randn(256, 16, 64), steps=4, scheme="mix")
+    attention = basecase.record(basecase.Attention(), 0.02, inputs=torch.randn(256, 16, 64), steps=4, masks=UNCLOAKED)
     assert figures(attention)[1]["row correlation of A"] > 0.5
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(32, 48, 3, padding=1), torch.nn.GELU(), torch.nn.Conv2d(48, 32, 1))
-    finding, found = figures(basecase.record(network, 0.02, inputs=torch.randn(128, 32, 4, 4), scheme="mix"))
+    finding, found = figures(basecase.record(network, 0.02, inputs=torch.randn(128, 32, 4, 4), masks=UNCLOAKED))
     assert finding.verdict == "broken"
     assert found["row correlation of A"] > 0.5
 
 
 def test_a_base_that_never_moved_still_tells_the_mask():
-    finding, found = figures(correlated(0.0, scheme="mix", lr=0.0))
+    finding, found = figures(correlated(0.0, masks=UNCLOAKED, lr=0.0))
     assert finding.verdict == "broken"
     assert set(found) == {"row correlation of A", "row correlation of A, median of products"}
 

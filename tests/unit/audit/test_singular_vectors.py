@@ -9,6 +9,7 @@ from torch import nn
 from tempo.audit import basecase
 from tempo.audit.attacks.singular_vectors import SingularVectors, polar, rotations
 from tempo.audit.weak import InputsMixed
+from tempo.schemes.mix import Mix
 
 
 def figures(evidence):
@@ -29,6 +30,10 @@ def test_a_rotation_of_one_axis_is_undone(drift):
     assert 0.25 < found["delta error"] < 0.45
 
 
+def uncloaked(rounds: int) -> Mix:
+    return Mix(rounds=rounds, cloak=0, insecure_small_blocks=True)
+
+
 def test_permutations_and_scales_are_undone():
     _, found = figures(basecase.record(basecase.network(), 0.05, scheme="tempo"))
     assert found["rows and columns assigned correctly"] == 1.0
@@ -37,7 +42,7 @@ def test_permutations_and_scales_are_undone():
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_matrix_mixed_on_both_sides_gives_its_singular_values_away_and_no_more(rounds):
-    finding, found = figures(basecase.record(basecase.network(), 0.05, scheme="mix", mix_rounds=rounds))
+    finding, found = figures(basecase.record(basecase.network(), 0.05, masks=uncloaked(rounds)))
     assert finding.verdict == "resisted"
     assert found["delta error"] == pytest.approx(1.0, abs=0.03)
     assert "rows assigned correctly" not in found
@@ -55,9 +60,7 @@ def test_groups_mixed_on_both_sides_hold_and_permuted_ones_fall():
 def test_spatial_convolutions_fall_whatever_the_mixing_since_taps_share_their_masks():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(32, 48, 3, padding=1), nn.GELU(), nn.Conv2d(48, 32, 1))
-    evidence = basecase.record(
-        network, 0.05, inputs=torch.randn(64, 32, 4, 4), scheme="mix", mix_block=32, mix_rounds=2
-    )
+    evidence = basecase.record(network, 0.05, inputs=torch.randn(64, 32, 4, 4), masks=uncloaked(rounds=2))
     finding, found = figures(evidence)
     assert finding.verdict == "broken"
     # (m² + d²)/2 of 9·m·d numbers look like rotations: the change's share in them stays unknown.

@@ -58,7 +58,7 @@ def test_larger_sizes_are_taken_as_they_are(name):
 
 def test_the_presets_are_what_their_traits_say():
     mix, tuned = schemes.create("mix"), schemes.create("mix-tuned")
-    assert (mix.rounds, mix.cloak_rank, mix.traits.operators, mix.traits.fresh_every_call) == (1, 0, 1, False)
+    assert (mix.rounds, mix.cloak_rank, mix.traits.operators, mix.traits.fresh_every_call) == (1, 16, 1, False)
     assert (tuned.rounds, tuned.cloak_rank, tuned.traits.operators, tuned.traits.fresh_every_call) == (2, 16, 2, True)
     assert mix.traits.public_base_preset == tuned.name
 
@@ -89,7 +89,7 @@ def test_masking_costs_more_with_every_round_and_every_rank():
         return schemes.create(name, parse(sizes)).mask_seconds_per_element(width)
 
     assert 0 < schemes.create("tempo").mask_seconds_per_element(768) < cost()
-    assert cost() < cost(mix_rounds=2) < cost(mix_rounds=2, mix_cloak=16) == cost(name="mix-tuned")
+    assert cost() < cost(mix_cloak=32) < cost(mix_rounds=2) == cost(name="mix-tuned")
     assert cost(width=383, name="mix-tuned") > cost(width=768, name="mix-tuned")
 
 
@@ -115,12 +115,12 @@ def test_half_precision_travel_is_as_exact_as_plain_half_precision(scheme, data)
     same = run_in_process(schemes.create("insecure-plain"), x, w, g, wire=torch.bfloat16)
     found = run_in_process(schemes.create(scheme), x, w, g, wire=torch.bfloat16)
     cloak = found.source.weight.cloak
-    rho = 0.0 if cloak is None else float((cloak.U @ cloak.V).norm() / w.norm())
+    rho = float((cloak.U @ cloak.V).norm() / w.norm())
     slack = 1.05 if data == "even" else 1.15
     y, g, dx, dw = plain(Linear(), x.double(), w.double(), g.double())
     for actual, unmasked, true in ((found.y, same.y, y), (found.dx, same.dx, dx), (found.dw, same.dw, dw)):
         assert relative(actual.double(), true) <= slack * (1 + rho**2) ** 0.5 * relative(unmasked.double(), true)
-    assert (rho > 0.1) == (scheme == "mix-tuned")
+    assert rho > 0.1
 
 
 def test_a_layer_narrower_than_a_block_stays_trusted_and_says_why(connect):
