@@ -37,7 +37,7 @@ class Aligned:
 class DataAlignment(Attack):
     """Matches principal axes by order, and finds their signs by moments of odd and of fourth order."""
 
-    name = "data_alignment"
+    name = "data-alignment"
     knows = frozenset({"architecture", "data"})
     tries = (
         "Computes the covariance of a product's inputs on data of the same distribution, matches its principal axes "
@@ -107,7 +107,7 @@ class DataAlignment(Attack):
 class DataAlignmentBase(DataAlignment):
     """The same for all products, their inputs computed with the public weights."""
 
-    name = "data_alignment_base"
+    name = "data-alignment-base"
     knows = frozenset({"architecture", "data", "base"})
 
     def control(self) -> Control:

@@ -40,7 +40,7 @@ class Leaked:
 class GradientLeakage(Attack):
     """Reads inputs off the weight gradient, which the worker has computed, wherever the weight is updated."""
 
-    name = "gradient_leakage"
+    name = "gradient-leakage"
     tries = (
         "Takes rows of a product's weight gradient for inputs: an output feature that a single sample of the batch "
         "excites has that sample for its gradient, up to a factor; signs of the last layer's rows tell which classes "

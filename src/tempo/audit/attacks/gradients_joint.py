@@ -39,7 +39,7 @@ class Link:
 class GradientsJoint(Attack):
     """Uses ``w~``, ``dw~``, ``x~`` and ``g~`` of two steps together."""
 
-    name = "gradients_joint"
+    name = "gradients-joint"
     tries = (
         "With plain gradient descent the next weight is the last one less the gradient, both of which the worker has "
         "under the last masks: so it has the next weight under two pairs of masks. Singular vectors give the relation "

@@ -130,7 +130,7 @@ class Reconstruction(Attack):
 class ReconstructionBase(Reconstruction):
     """The same with the public checkpoint: deeper features can be read."""
 
-    name = "reconstruction_base"
+    name = "reconstruction-base"
     knows = frozenset({"architecture", "data", "base"})
 
     def control(self) -> Control:

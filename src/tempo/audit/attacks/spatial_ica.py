@@ -36,7 +36,7 @@ class Unmixed:
 class SpatialICA(Attack):
     """Separates images (and channels) of a batch by the statistics of their edges."""
 
-    name = "spatial_ica"
+    name = "spatial-ica"
     tries = (
         "Takes the maps of a masked convolution input for mixtures of the batch's images and channels, the same at "
         "every pixel, separates them by independent component analysis of differences between neighbouring pixels, "

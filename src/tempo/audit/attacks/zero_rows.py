@@ -50,7 +50,7 @@ class Isolated:
 class ZeroRows(Attack):
     """Finds rows of ``g~`` that are multiples of each other, and undoes the row mixing there."""
 
-    name = "zero_rows"
+    name = "zero-rows"
     tries = (
         "Looks for blocks of rows in which only one row of the gradient is not zero, as with class-token pooling, "
         "masked labels or padding: all masked rows of such a block are multiples of one row and show a column of L, "
