@@ -3,7 +3,7 @@
 Random networks, whose rows tell themselves apart the least, Gaussian changes, one recorded step: one masked weight of
 each product. Delta error below 1 leaks, and knowing the base alone gives 1. Usage:
 
-    OMP_NUM_THREADS=1 python benchmarks/audit/known_base.py known_base.json
+    OMP_NUM_THREADS=1 python benchmarks/audit/known_base.py known-base.json
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main() -> None:
                 note=f"{about} By procrustes, from moments of the inputs and the weight.",
             ),
         ]
-    command = "python benchmarks/audit/known_base.py known_base.json"
+    command = "python benchmarks/audit/known_base.py known-base.json"
     seconds = time.perf_counter() - begun
     write(Report(runs=[], curves=curves, command=command, machine=machine(), seconds=seconds), Path(sys.argv[1]))
 

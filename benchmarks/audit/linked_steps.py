@@ -13,7 +13,6 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from tempo.audit import lab
 from tempo.audit.attack import Curve
 from tempo.audit.attacks.gradients_joint import link
+from tempo.audit.report import Report, write
 from tempo.audit.unmixing import fast_ica, features_masked, flat, mean_best_correlation
 from tempo.bench.measure import machine
 from tempo.schemes.mix import Mix
@@ -91,8 +91,8 @@ def main(target: Path) -> None:
         note=f"{WIDTH} independent features of excess kurtosis 6, one round in blocks of 32, rows in blocks of 32, all "
         "masks fresh at every step. The attacker knows nothing but the transcript.",
     )
-    document = {"machine": machine(), "script": "benchmarks/audit/linked_steps.py", "curves": [curve]}
-    target.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
+    command = "python benchmarks/audit/linked_steps.py linked-steps.json"
+    write(Report(runs=[], curves=[curve], command=command, machine=machine()), target)
 
 
 if __name__ == "__main__":

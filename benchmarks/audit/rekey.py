@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
 from tempo.audit import lab
 from tempo.audit.attack import Curve
+from tempo.audit.report import Report, write
 from tempo.audit.unmixing import fast_ica, features_masked, flat, mean_best_correlation, whiten
 from tempo.bench.measure import machine
 
@@ -93,8 +93,8 @@ def main(target: Path) -> None:
                 note=f"{WIDTH} independent features in blocks of 32, one round; L fresh for every {BATCH} rows.",
             )
         )
-    document = {"machine": machine(), "script": "benchmarks/audit/rekey.py", "curves": curves}
-    target.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
+    command = "python benchmarks/audit/rekey.py rekey.json"
+    write(Report(runs=[], curves=curves, command=command, machine=machine()), target)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import msgspec
 import torch
 from torch import Tensor
 
 from tempo.audit.attack import Curve
 from tempo.audit.attacks.span import basis, left_over
 from tempo.audit.attacks.spatial_ica import recognised, unmix
+from tempo.audit.report import Report, write
 from tempo.audit.toys import dead_leaves
 from tempo.bench.measure import machine
 from tempo.errors import DataError
@@ -73,8 +73,8 @@ def main(target: Path) -> None:
             "of 32×32 pixels are in the span.",
         ),
     ]
-    document = {"machine": machine(), "script": "benchmarks/audit/spatial.py", "curves": curves}
-    target.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
+    command = "python benchmarks/audit/spatial.py spatial.json"
+    write(Report(runs=[], curves=curves, command=command, machine=machine()), target)
 
 
 if __name__ == "__main__":
