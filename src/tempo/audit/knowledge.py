@@ -52,7 +52,11 @@ class Knowledge:
         """
         if self.architecture is None or self.data is None:
             return {}
-        return self._aligned(view, unfold=False) or self._aligned(view, unfold=True)
+        return self._aligned(view, unfold=self.unfolds(view))
+
+    def unfolds(self, view: View) -> bool:
+        """Whether spatial convolutions were sent as patches, as far as the architecture tells."""
+        return not self._aligned(view, unfold=False) and bool(self._aligned(view, unfold=True))
 
     def _aligned(self, view: View, *, unfold: bool) -> dict[int, list[str]]:
         """`names`, if spatial convolutions were sent as patches, or as they are."""

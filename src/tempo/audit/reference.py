@@ -35,7 +35,7 @@ def plain_inputs(view: View, knowledge: Knowledge) -> dict[int, Tensor]:
             model = knowledge.architecture()
         if knowledge.base is not None:
             model.load_state_dict(dict(knowledge.base), strict=False)
-        runs.append(_inputs(model, inputs, knowledge.trusted))
+        runs.append(_inputs(model, inputs, knowledge.trusted, knowledge.unfolds(view)))
     first, last = runs[0], runs[-1]
     known = {name: x for name, x in first.items() if name in last and torch.equal(x, last[name])}
     found = {layer: known[" + ".join(modules)] for layer, modules in names.items() if " + ".join(modules) in known}
@@ -44,12 +44,12 @@ def plain_inputs(view: View, knowledge: Knowledge) -> dict[int, Tensor]:
     return found
 
 
-def _inputs(model: nn.Module, inputs: Tensor, trusted: tuple[str, ...]) -> dict[str, Tensor]:
+def _inputs(model: nn.Module, inputs: Tensor, trusted: tuple[str, ...], unfold: bool) -> dict[str, Tensor]:
     """Plain inputs by the name of the product, taken once layers that share an input have been found."""
     from tempo.audit import lab
 
     found: dict[str, Tensor] = {}
-    with lab.open_lab(scheme="insecure-plain") as opened, warnings.catch_warnings():
+    with lab.open_lab(scheme="insecure-plain", unfold=unfold) as opened, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lab.protect(opened.session, model, trusted, "secret")
         for number in range(3):

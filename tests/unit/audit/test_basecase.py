@@ -10,6 +10,7 @@ from tempo.audit import basecase
 from tempo.audit.attack import NotApplicable
 from tempo.audit.attacks import REGISTRY
 from tempo.audit.knowledge import Knowledge
+from tempo.audit.reference import plain_inputs
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +124,17 @@ def test_columns_divided_over_two_operators_are_attacked_and_hold(attack):
     finding = REGISTRY[attack]().run(evidence.view, evidence.knowledge, evidence.truth)
     # Second moments need the whole weight; the others find no more than chance.
     assert finding.verdict == ("not applicable" if attack == "procrustes" else "resisted")
+
+
+def test_unfolded_convolutions_are_named_and_their_patches_known():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(32, 48, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(48, 32, 3))
+    evidence = basecase.record(network, inputs=torch.randn(16, 32, 5, 5), scheme="mix", unfold=True)
+    names = evidence.knowledge.names(evidence.view)
+    assert evidence.knowledge.unfolds(evidence.view)
+    assert sorted(names.values()) == [["0"], ["2"]]
+    known = plain_inputs(evidence.view, evidence.knowledge)
+    for layer, members in names.items():
+        call = evidence.view.of(layer)[0]
+        assert evidence.knowledge.base_weight(members, tuple(call.w.shape)).shape == call.w.shape
+        assert known[layer].shape[1:] == call.x.shape[1:]

@@ -82,3 +82,12 @@ def test_unrelated_layers_are_not_scored():
 
 def test_nothing_recorded_is_nothing_to_match():
     assert CrossLayer().run(View("a"), Knowledge(), None).verdict == "not applicable"
+
+
+def test_layers_that_widen_are_scored_in_plain_too():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 96), nn.ReLU(), nn.Linear(96, 40))
+    with lab.open_lab(scheme="insecure-plain") as opened:
+        opened.session.protect(layers)(torch.randn(64, 32))
+    finding = CrossLayer().run(opened.views[0], Knowledge(), opened.truth())
+    assert finding.verdict == "broken"

@@ -168,9 +168,9 @@ def _live(pair: Pair, truth: Truth) -> Tensor:
     x = truth.of(pair.target)["x"].movedim(1, 0).flatten(1)
     alive = x.std(1) > 0
     mask = truth.of(pair.source).mask("P")
-    if mask.blocks or not mask.gathers:
-        return torch.ones(pair.match.columns.shape, dtype=torch.bool) if mask.blocks else alive
-    return alive[truth.of(pair.source).permutation("P")]
+    if mask.blocks or len(alive) != len(pair.match.columns):  # of another width: it is not this input at all
+        return torch.ones(pair.match.columns.shape, dtype=torch.bool)
+    return alive if not mask.gathers else alive[truth.of(pair.source).permutation("P")]
 
 
 def _right(pair: Pair, truth: Truth, masks: tuple[Which, Which], found: Tensor) -> Tensor:

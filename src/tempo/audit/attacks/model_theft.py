@@ -70,6 +70,9 @@ class ModelTheft(Attack):
             torch.manual_seed(0)
             model = knowledge.architecture()
         skeleton = Skeleton(model, list(calls), knowledge.data.inputs[:64])
+        for name, call in calls.items():
+            if call.x.dim() == 2 and skeleton.modules[name].weight[0, 0].numel() > 1:
+                raise NotApplicable(f"the convolution {name} was sent as patches, which are not taken apart")
         assembly = Assembly(skeleton, calls)
         failed = assembly.place()
         if not failed:
