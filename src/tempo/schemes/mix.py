@@ -11,13 +11,13 @@ class Mix(Mixing):
 
     name = "mix"
     traits = Traits(
-        protects="resists workers without the base checkpoint: before this code was written, blind attacks that "
-        "worked at row blocks of 4 failed at 32; not audited yet, see docs/schemes/mix.md",
+        protects="resists workers without the base checkpoint, as far as the audit goes; spatial convolutions only as "
+        "one mask in use for the whole run would (docs/schemes/mix.md)",
         public_base_preset="mix-tuned",
         known_breaks={
             "public-base": "one round of mixing gives a fine-tuned change away to a worker that knows the base "
-            "checkpoint (error of the recovered change 0.28 at blocks of 32; below 1 it leaks), and more steps make "
-            "it worse (docs/schemes/mix.md); mix-tuned is the preset for this",
+            "checkpoint wherever its cloak is weak, and that is all that protects it (error of the recovered change 0.41 "
+            "without, at blocks of 32; below 1 it leaks; docs/schemes/mix.md); mix-tuned is the preset for this",
             "spatial-convolution": "the taps of a kernel share their masks, so a worker can link the fresh masks of a "
             "convolution from step to step and undo the freshness; unfold=True masks taps and positions too "
             "(docs/schemes/mix.md)",
