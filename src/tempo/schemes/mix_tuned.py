@@ -14,8 +14,8 @@ class MixTuned(Mixing):
 
     name = "mix-tuned"
     traits = Traits(
-        protects="resists workers that know the base checkpoint, as far as the audit goes; in part those that have data "
-        "of the same distribution, too (docs/schemes/mix.md)",
+        protects="resists workers that know the base checkpoint, as far as the audit goes; in part those that have "
+        "data of the same distribution, too (docs/schemes/mix.md)",
         operators=2,
         fresh_every_call=True,
         unfolds=True,
