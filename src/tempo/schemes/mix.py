@@ -16,8 +16,8 @@ class Mix(Mixing):
         public_base_preset="mix-tuned",
         known_breaks={
             "public-base": "one round of mixing gives a fine-tuned change away to a worker that knows the base "
-            "checkpoint where its cloak is weak (error of the recovered change 0.41 without one, at blocks of 32; below "
-            "1 it leaks; docs/schemes/mix.md); mix-tuned is the preset for this",
+            "checkpoint where its cloak is weak (error of the recovered change 0.41 without one, at blocks of 32;"
+            " below 1 it leaks; docs/schemes/mix.md); mix-tuned is the preset for this",
             "spatial-convolution": "the taps of a kernel share their masks, so a worker can link the fresh masks of a "
             "convolution from step to step and undo the freshness; unfold=True masks taps and positions too "
             "(docs/schemes/mix.md)",
