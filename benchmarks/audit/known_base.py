@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tempo.audit import basecase
 from tempo.audit.attack import Curve, Evidence
 from tempo.audit.attacks import REGISTRY
 from tempo.audit.attacks.procrustes import correlated
 from tempo.audit.attacks.signatures import FULL_DRIFTS
-from tempo.audit.report import Report, write
-from tempo.audit.weak import InputsMixed
+from tempo.audit.controls import basecase
+from tempo.audit.controls.weak import InputsMixed
+from tempo.audit.report.contents import Report, write
 from tempo.bench.measure import machine
 from tempo.schemes.mix import Mix
 

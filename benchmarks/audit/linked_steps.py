@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from tempo.audit import lab
 from tempo.audit.attack import Curve
 from tempo.audit.attacks.gradients_joint import link
-from tempo.audit.report import Report, write
-from tempo.audit.unmixing import fast_ica, features_masked, flat, mean_best_correlation
+from tempo.audit.report.contents import Report, write
+from tempo.audit.solvers.unmixing import fast_ica, features_masked, flat, mean_best_correlation
 from tempo.bench.measure import machine
 from tempo.schemes.mix import Mix
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from tempo.audit import lab
 from tempo.audit.attack import Curve
-from tempo.audit.report import Report, write
-from tempo.audit.unmixing import fast_ica, features_masked, flat, mean_best_correlation, whiten
+from tempo.audit.report.contents import Report, write
+from tempo.audit.solvers.unmixing import fast_ica, features_masked, flat, mean_best_correlation, whiten
 from tempo.bench.measure import machine
 
 WIDTH = 64
@@ -49,7 +49,7 @@ def served(x: Tensor, row_block: int) -> lab.Lab:
         lab.open_lab(scheme="mix", mix_row_block=row_block, insecure_small_blocks=True, rekey_rows=1 << 20) as opened,
         torch.no_grad(),
     ):
-        lab.protect(opened.session, model, (), "secret")
+        opened.session.protect(model, base="secret")
         for batch in x.float().split(BATCH):
             model(batch)
     return opened

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tempo.audit import blockwise, frames
 from tempo.audit.attack import Curve
-from tempo.audit.frames import as_taps
-from tempo.audit.report import Report, write
+from tempo.audit.report.contents import Report, write
+from tempo.audit.solvers import blockwise, frames
+from tempo.audit.solvers.frames import as_taps
 from tempo.keys import KeySchedule
 from tempo.schemes import cloak
 from tempo.schemes.masks import Form, draw_blocks

@@ -17,8 +17,8 @@ from torch import Tensor
 from tempo.audit.attack import Curve
 from tempo.audit.attacks.span import basis, left_over
 from tempo.audit.attacks.spatial_ica import recognised, unmix
-from tempo.audit.report import Report, write
-from tempo.audit.toys import dead_leaves
+from tempo.audit.controls.toys import dead_leaves
+from tempo.audit.report.contents import Report, write
 from tempo.bench.measure import machine
 from tempo.errors import DataError
 from tempo.recipes import data

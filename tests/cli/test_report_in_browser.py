@@ -20,12 +20,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tempo.audit import controls, html, lab
+from tempo.audit import lab
 from tempo.audit.attack import Curve, Figure, Finding, Panel
 from tempo.audit.attacks.gram import Gram
+from tempo.audit.controls import running
+from tempo.audit.controls.weak import OneSided
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.report import Report, Run
-from tempo.audit.weak import OneSided
+from tempo.audit.report import html
+from tempo.audit.report.contents import Report, Run
 from tempo.schemes import create
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -127,7 +129,7 @@ def attacked(masks: Any) -> Finding:
     """What the attack on Gram matrices really finds under ``masks``."""
     with lab.open_lab(masks=masks) as opened:
         model = nn.Linear(64, 64)
-        lab.protect(opened.session, model, (), "secret")
+        opened.session.protect(model, base="secret")
         model(torch.randn(64, 64) @ torch.randn(64, 64))
         return Gram().run(opened.views[0], Knowledge(), opened.truth())
 
@@ -180,7 +182,7 @@ def report() -> Report:
             Run(title="resnet on a_data_set_with_a_name", base="secret", facts=facts, findings=found, **about),
         ]
     return Report(
-        runs=[*runs, controls.run(["gram"])],
+        runs=[*runs, running.run(["gram"])],
         curves=[curve, curve],
         command="tempo audit --run /a/path/without/any/place/to/break/it/anywhere/examples/vit_cifar10.toml --html x",
         machine={"cpu": "a processor", "date": "2026-11-24"},

@@ -206,24 +206,13 @@ def train(
     """
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr)
     with open_lab(**fields) as lab:
-        protect(lab.session, model, trusted, base)
+        lab.session.protect(model, base=base, trusted=trusted)
         for x, labels in batches:
             optimizer.zero_grad()
             loss(model, x, labels).backward()
             optimizer.step()
         lab.session.unprotect(model)
     return lab
-
-
-def protect(session: Session, model: nn.Module, trusted: tuple[str, ...], base: Base) -> None:
-    """Protect, without the warnings that are meant for users: an audit knows what it plays with."""
-    import warnings
-
-    from tempo.errors import ProtectionWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ProtectionWarning)
-        session.protect(model, base=base, trusted=trusted)
 
 
 def product_order(
@@ -234,7 +223,7 @@ def product_order(
     Taken from the third step, when layers that share an input have been found.
     """
     with open_lab(scheme="insecure-plain", unfold=unfold) as lab:
-        protect(lab.session, model, trusted, "secret")
+        lab.session.protect(model, base="secret", trusted=trusted)
         for _ in range(3):
             output = model(inputs)
             scores = getattr(output, "logits", output)

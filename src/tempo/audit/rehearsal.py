@@ -141,7 +141,7 @@ class Rehearsal:
         self._report(f"recording {self.lengths.recorded} steps under {settings.scheme}")
         model = copy.deepcopy(start.model)
         with lab.open_lab(workers, workers, settings=settings) as opened:
-            lab.protect(opened.session, model, settings.trusted, preset_for or start.origin)
+            opened.session.protect(model, base=preset_for or start.origin, trusted=settings.trusted)
             rate = 1.0 if start.base is None else FINE_TUNING
             self._train(model, self._parts.private, self.lengths.recorded, rate)
             offloaded = opened.session.summary().offloaded_share

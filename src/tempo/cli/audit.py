@@ -13,11 +13,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tempo.audit import auditing, controls, rehearsal, transcript
-from tempo.audit import report as reports
+from tempo.audit import auditing, rehearsal, transcript
 from tempo.audit.attack import Effort, Finding
+from tempo.audit.controls import running
 from tempo.audit.given import Given
-from tempo.audit.report import Report, Run
+from tempo.audit.report import contents
+from tempo.audit.report.contents import Report, Run
 from tempo.bench.measure import machine
 from tempo.cli.options import Overrides, overrides
 from tempo.errors import SettingsError
@@ -75,7 +76,7 @@ def audit(
             runs = _rehearse(recipe, scheme or [], origin or [], attack or [], effort, workers, status.update)
             if control:
                 status.update("controls")
-                runs.append(controls.run(attack or ()))
+                runs.append(running.run(attack or ()))
         elif recording is not None:
             runs = [_attack_recording(recording, Given.parse(knows), truth or [], attack or [], effort, status.update)]
     report = Report(
@@ -85,13 +86,13 @@ def audit(
         machine=machine(),
         seconds=time.perf_counter() - started,
     )
-    report = reports.merged([*map(reports.read, merge or ()), *([report] if runs else [])])
+    report = contents.merged([*map(contents.read, merge or ()), *([report] if runs else [])])
     if json is not None:
-        reports.write(report, json)
+        contents.write(report, json)
     for single in report.runs:
         console.print(_table(single))
     if page is not None:
-        from tempo.audit import html
+        from tempo.audit.report import html
 
         page.write_text(html.page(report), encoding="utf-8")
         console.print(f"report: {page}", soft_wrap=True, highlight=False)
@@ -124,7 +125,7 @@ def _rehearse(
                 Run(
                     title=title,
                     scheme=scheme,
-                    settings=reports.differing(rehearsal.session_settings(recipe, scheme)),
+                    settings=contents.differing(rehearsal.session_settings(recipe, scheme)),
                     base=origin,
                     drift=done.drift,
                     offloaded=done.offloaded,

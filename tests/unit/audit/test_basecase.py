@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from tempo.audit import basecase
 from tempo.audit.attack import NotApplicable
 from tempo.audit.attacks import REGISTRY
+from tempo.audit.controls import basecase
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.reference import plain_inputs
+from tempo.audit.solvers.reference import plain_inputs
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from tempo.audit import basecase
 from tempo.audit.attack import Evidence, Finding
 from tempo.audit.attacks.cloak_truncation import CloakTruncation
 from tempo.audit.attacks.sparse_frame import single
-from tempo.audit.weak import StrongCloak, small_mix
+from tempo.audit.controls import basecase
+from tempo.audit.controls.weak import StrongCloak, small_mix
 from tempo.schemes.mix import Mix
 
 

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from tempo.audit import basecase
 from tempo.audit.attack import NotApplicable
 from tempo.audit.attacks.consensus import Consensus
 from tempo.audit.attacks.sparse_frame import single
-from tempo.audit.weak import small_mix
+from tempo.audit.controls import basecase
+from tempo.audit.controls.weak import small_mix
 
 
 def test_four_steps_leave_a_third_of_what_one_leaves():

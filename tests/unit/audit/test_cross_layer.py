@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from tempo.audit import lab, victims
+from tempo.audit import lab
 from tempo.audit.attacks.cross_layer import CrossLayer
+from tempo.audit.controls import victims
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.matching import match, stacks
+from tempo.audit.solvers.matching import match, stacks
 from tempo.audit.transcript import View
 
 
@@ -72,7 +73,7 @@ def test_unrelated_layers_are_not_scored():
     torch.manual_seed(0)
     with lab.open_lab(scheme="tempo") as opened:
         layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
-        lab.protect(opened.session, layers, (), "secret")
+        opened.session.protect(layers, base="secret")
         for layer in layers:
             layer(torch.randn(64, 64))
         finding = CrossLayer().run(opened.views[0], Knowledge(), opened.truth())

@@ -8,8 +8,8 @@ from torch import nn
 from tempo.audit import lab
 from tempo.audit.attacks.data_alignment import DataAlignment, DataAlignmentBase, align, known_data
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.reference import plain_inputs
 from tempo.audit.samples import Samples
+from tempo.audit.solvers.reference import plain_inputs
 
 
 def network():
@@ -20,7 +20,7 @@ def record(x, **fields):
     torch.manual_seed(3)
     model = network()
     with lab.open_lab(rekey_rows=1 << 20, **fields) as opened:
-        lab.protect(opened.session, model, (), "secret")
+        opened.session.protect(model, base="secret")
         for batch in x.split(len(x) // 4):
             model(batch)
         opened.session.unprotect(model)

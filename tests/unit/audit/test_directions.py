@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tempo.audit import basecase
 from tempo.audit.attacks.directions import Directions, match_lines
-from tempo.audit.weak import InputsMixed, OneSided
+from tempo.audit.controls import basecase
+from tempo.audit.controls.weak import InputsMixed, OneSided
 
 
 def figures(evidence):

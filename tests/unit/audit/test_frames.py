@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tempo.audit import frames
-from tempo.audit.blockwise import Halves, OneRound, TwoRounds, assign, block_sizes
+from tempo.audit.solvers import frames
+from tempo.audit.solvers.blockwise import Halves, OneRound, TwoRounds, assign, block_sizes
 from tempo.keys import KeySchedule
 from tempo.schemes.masks import Form, draw_blocks
 from tempo.schemes.sandwich import sandwich

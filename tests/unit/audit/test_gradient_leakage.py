@@ -45,7 +45,7 @@ def test_convolutions_and_evaluation_give_nothing_to_work_on():
     torch.manual_seed(1)
     model = nn.Conv2d(32, 32, 3)
     with lab.open_lab(scheme="mix") as opened:
-        lab.protect(opened.session, model, (), "secret")
+        opened.session.protect(model, base="secret")
         model(torch.randn(32, 32, 6, 6)).sum().backward()
         with torch.no_grad():
             model(torch.randn(32, 32, 6, 6))

@@ -8,9 +8,9 @@ from torch import nn
 
 from tempo.audit import lab
 from tempo.audit.attacks.gradients_joint import GradientsJoint, descend
+from tempo.audit.controls.weak import Uncovered
 from tempo.audit.knowledge import Knowledge
 from tempo.audit.transcript import View
-from tempo.audit.weak import Uncovered
 
 
 def attack(recorded, view: View | None = None):
@@ -59,7 +59,7 @@ def test_accumulated_gradients_are_added_up():
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     mixing = torch.randn(64, 64)
     with lab.open_lab(masks=Uncovered()) as opened:
-        lab.protect(opened.session, model, (), "secret")
+        opened.session.protect(model, base="secret")
         for _ in range(2):
             for _ in range(3):
                 model(torch.randn(512, 64) @ mixing).square().mean().backward()

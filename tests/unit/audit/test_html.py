@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tempo.audit import html
 from tempo.audit.attack import Curve, Figure, Finding, Panel
-from tempo.audit.report import CONTROL, Report, Run
+from tempo.audit.report import html
+from tempo.audit.report.contents import CONTROL, Report, Run
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 VOID = {"meta", "img", "line", "rect", "circle", "path", "polyline"}

@@ -10,8 +10,8 @@ from torch import nn
 
 from tempo.audit import lab
 from tempo.audit.attacks.information import Information, _orthogonal_bits, mask_bits, mutual_information
+from tempo.audit.controls.weak import small_mix
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.weak import small_mix
 from tempo.keys import Key
 from tempo.schemes.tempo import Tempo
 
@@ -23,7 +23,7 @@ def measured(model=None, x=None, **fields):
     model = model or nn.Linear(64, 64)
     x = torch.randn(512, 64) if x is None else x
     with lab.open_lab(**fields) as opened:
-        lab.protect(opened.session, model, (), "secret")
+        opened.session.protect(model, base="secret")
         model(x).square().sum().backward()
         opened.session.unprotect(model)
     finding = Information().run(opened.views[0], Knowledge(), opened.truth())

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tempo.audit import controls, levels
 from tempo.audit.attack import Figure, Finding
-from tempo.audit.levels import LEVELS, level_of, number, progress, standing, subjects
-from tempo.audit.report import CONTROL, Report, Run
+from tempo.audit.controls import running
+from tempo.audit.report import levels
+from tempo.audit.report.contents import CONTROL, Report, Run
+from tempo.audit.report.levels import LEVELS, level_of, number, progress, standing, subjects
 
 NOTHING, ARCHITECTURE, DATA, BASE, BASE_DATA = LEVELS
 
@@ -101,7 +102,7 @@ def test_runs_of_one_scheme_are_told_apart_by_the_settings_in_which_they_differ(
 
 
 def test_controls_are_run_as_a_part_of_the_report():
-    done = controls.run(["gram"])
+    done = running.run(["gram"])
     assert subjects(Report(runs=[done])) == {}
     found = levels.control_of(Report(runs=[run(), done]), "gram")
     assert found is not None

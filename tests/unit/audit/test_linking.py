@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from tempo.audit import basecase
 from tempo.audit.attacks.linking import LEAKS, Linking
+from tempo.audit.controls import basecase
+from tempo.audit.controls.weak import FeaturesReused
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.weak import FeaturesReused
 
 
 def run(evidence):

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tempo.audit import matrix
 from tempo.audit.attack import Figure, Finding
-from tempo.audit.report import CONTROL, Report, Run, read
+from tempo.audit.report import matrix
+from tempo.audit.report.contents import CONTROL, Report, Run, read
 from tempo.errors import AuditError
 
 REPOSITORY = Path(__file__).parents[3]
@@ -145,6 +145,6 @@ def test_the_documentation_says_what_the_audit_found():
     pages = [folder / "threat-model.md", *(folder / "schemes").glob("*.md")]
     if any("<!-- audit:" in page.read_text(encoding="utf-8") for page in pages):
         stale = matrix.update(folder, read(REPORT), check=True)
-        assert stale == [], "write them anew: python -m tempo.audit.matrix docs benchmarks/audit/report.json"
+        assert stale == [], "write them anew: python -m tempo.audit.report.matrix docs benchmarks/audit/report.json"
     else:
         assert matrix.update(folder, Report(runs=[]), check=True) == []

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from tempo.audit import lab, theft, victims
+from tempo.audit import lab, theft
 from tempo.audit.attacks.model_theft import ModelTheft
-from tempo.audit.ends import align_outputs
+from tempo.audit.controls import victims
+from tempo.audit.controls.victims import Victim
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.placed import Placed
 from tempo.audit.samples import Samples
-from tempo.audit.victims import Victim
+from tempo.audit.solvers.ends import align_outputs
+from tempo.audit.solvers.placed import Placed
 
 
 def stolen(victim, scheme="tempo"):
@@ -78,7 +79,7 @@ def test_functions_that_mix_channels_are_named():
 
     with lab.open_lab(scheme="tempo") as opened:
         model = build()
-        lab.protect(opened.session, model, (), "secret")
+        opened.session.protect(model, base="secret")
         model(torch.randn(32, 32)).sum().backward()
         view = opened.views[0]
     knowledge = Knowledge(build, None, Samples(torch.randn(32, 32), torch.zeros(32).long()))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tempo.audit import basecase
 from tempo.audit.attacks.procrustes import Procrustes, correlated, rotation
 from tempo.audit.attacks.singular_vectors import polar
-from tempo.audit.weak import OneSided
+from tempo.audit.controls import basecase
+from tempo.audit.controls.weak import OneSided
 from tempo.schemes.mix import Mix
 
 UNCLOAKED = Mix(cloak=0, insecure_small_blocks=True)

@@ -8,9 +8,9 @@ from torch import nn
 
 from tempo.audit import lab
 from tempo.audit.attacks.reconstruction import Reconstruction, ReconstructionBase
+from tempo.audit.controls.toys import dead_leaves
 from tempo.audit.knowledge import Knowledge
 from tempo.audit.samples import Samples
-from tempo.audit.toys import dead_leaves
 
 PICTURES = dead_leaves(320, 1, 12, torch.Generator().manual_seed(1)) - 0.5
 OWN, VICTIMS = Samples(PICTURES[:256], torch.zeros(256, dtype=torch.int64)), PICTURES[256:]
@@ -36,7 +36,7 @@ def run(attack, architecture, *, trusted=(), base=False, x=VICTIMS, **fields):
     torch.manual_seed(2)
     model = architecture()
     with lab.open_lab(**fields) as opened:
-        lab.protect(opened.session, model, trusted, "secret")
+        opened.session.protect(model, base="secret", trusted=trusted)
         model(x)
         opened.session.unprotect(model)
     knowledge = Knowledge(architecture, model.state_dict() if base else None, OWN, trusted)
@@ -80,7 +80,7 @@ def test_inputs_must_be_pictures():
     torch.manual_seed(2)
     model = nn.Linear(64, 64)
     with lab.open_lab(scheme="mix") as opened:
-        lab.protect(opened.session, model, (), "secret")
+        opened.session.protect(model, base="secret")
         model(torch.randn(64, 64))
     knowledge = Knowledge(
         lambda: nn.Linear(64, 64), None, Samples(torch.randn(64, 64), torch.zeros(64, dtype=torch.int64))

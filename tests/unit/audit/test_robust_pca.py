@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from tempo.audit import basecase
 from tempo.audit.attack import NotApplicable
 from tempo.audit.attacks.robust_pca import RobustPCA
 from tempo.audit.attacks.sparse_frame import single
-from tempo.audit.weak import small_mix
+from tempo.audit.controls import basecase
+from tempo.audit.controls.weak import small_mix
 from tempo.schemes.mix_tuned import MixTuned
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tempo.audit import basecase
 from tempo.audit.attacks.signatures import Signatures, fit_scales, undo
+from tempo.audit.controls import basecase
 from tempo.audit.knowledge import Knowledge
 
 

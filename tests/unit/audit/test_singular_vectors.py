@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tempo.audit import basecase
 from tempo.audit.attacks.singular_vectors import SingularVectors, polar, rotations
-from tempo.audit.weak import InputsMixed
+from tempo.audit.controls import basecase
+from tempo.audit.controls.weak import InputsMixed
 from tempo.schemes.mix import Mix
 
 

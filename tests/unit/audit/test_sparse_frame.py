@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from tempo.audit import basecase
 from tempo.audit.attack import Evidence, NotApplicable
 from tempo.audit.attacks.sparse_frame import SparseFrame, purity, single, targets, undo
+from tempo.audit.controls import basecase
+from tempo.audit.controls.weak import small_mix
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.weak import small_mix
 
 
 def figures(evidence: Evidence) -> dict[str, float]:

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tempo.audit import basecase
 from tempo.audit.attack import NotApplicable
 from tempo.audit.attacks.sparse_frame import single
 from tempo.audit.attacks.sparse_frame_inputs import SparseFrameInputs
+from tempo.audit.controls import basecase
+from tempo.audit.controls.weak import small_mix
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.weak import small_mix
 
 
 def test_dense_masks_keep_the_private_change():

@@ -9,16 +9,16 @@ from torch import nn
 from tempo.audit import lab
 from tempo.audit.attacks.span import Span
 from tempo.audit.attacks.spatial_ica import SpatialICA
+from tempo.audit.controls.toys import dead_leaves
+from tempo.audit.controls.weak import Uncovered
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.toys import dead_leaves
-from tempo.audit.weak import Uncovered
 
 
 def convolve(x, **fields):
     torch.manual_seed(1)
     model = nn.Conv2d(x.shape[1], 32, 3)
     with lab.open_lab(**fields) as opened:
-        lab.protect(opened.session, model, (), "secret")
+        opened.session.protect(model, base="secret")
         model(x)
     return opened
 

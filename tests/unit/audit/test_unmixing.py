@@ -10,10 +10,10 @@ from tempo.audit import lab
 from tempo.audit.attacks.covariance import Covariance
 from tempo.audit.attacks.ica import ICA, reused
 from tempo.audit.attacks.nmf import NMF
+from tempo.audit.controls.toys import correlated_features, sparse_features
+from tempo.audit.controls.weak import FeaturesReused, OneSided
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.toys import correlated_features, sparse_features
-from tempo.audit.unmixing import mean_best_correlation, whiten
-from tempo.audit.weak import FeaturesReused, OneSided
+from tempo.audit.solvers.unmixing import mean_best_correlation, whiten
 
 ROWS = 8192
 
@@ -56,7 +56,7 @@ def served(x, row_block):
         lab.open_lab(scheme="mix", mix_row_block=row_block, insecure_small_blocks=True, rekey_rows=1 << 20) as opened,
         torch.no_grad(),
     ):
-        lab.protect(opened.session, model, (), "secret")
+        opened.session.protect(model, base="secret")
         for batch in x.float().split(1024):
             model(batch)
     return opened
@@ -82,7 +82,7 @@ def test_pixels_of_convolutions_are_rows():
     model = nn.Conv2d(32, 32, 1)
     x = sparse_features(ROWS, 32, torch.Generator().manual_seed(1)).float().view(32, 16, 16, 32).permute(0, 3, 1, 2)
     with lab.open_lab(scheme="insecure-plain") as opened:
-        lab.protect(opened.session, model, (), "secret")
+        opened.session.protect(model, base="secret")
         model(x.contiguous())
     assert attack(ICA, opened)[1]["features separated"].value > 0.95
 

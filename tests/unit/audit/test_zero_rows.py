@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from tempo.audit import lab
 from tempo.audit.attacks.zero_rows import ZeroRows
+from tempo.audit.controls.toys import ClassTokenNet
+from tempo.audit.controls.weak import Uncovered
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.toys import ClassTokenNet
-from tempo.audit.weak import Uncovered
 
 
 def loss(model, x, labels):
@@ -99,7 +99,7 @@ def test_convolutions_and_several_workers_are_attacked_too():
 def test_a_transcript_without_gradients_gives_nothing_to_work_on():
     with lab.open_lab(scheme="mix") as opened:
         model = nn.Linear(64, 64)
-        lab.protect(opened.session, model, (), "secret")
+        opened.session.protect(model, base="secret")
         with torch.no_grad():
             model(torch.randn(64, 64))
         views = opened.views

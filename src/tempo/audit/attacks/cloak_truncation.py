@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tempo.audit import basecase
 from tempo.audit.attack import Attack, Control, Effort, Figure, NotApplicable, Outcome
 from tempo.audit.attacks.sparse_frame import single
+from tempo.audit.controls import basecase
+from tempo.audit.controls.weak import StrongCloak
 from tempo.audit.knowledge import Knowledge
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import Truth
-from tempo.audit.weak import StrongCloak
 from tempo.schemes.mixing import LEAST_CLOAK
 from tempo.wire.messages import Linear
 

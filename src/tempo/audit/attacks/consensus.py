@@ -12,15 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tempo.audit import basecase, blockwise, frames
 from tempo.audit.attack import Attack, Control, Effort, Figure, NotApplicable, Outcome
 from tempo.audit.attacks.sparse_frame import FrameGuess, held, single, targets, undo
-from tempo.audit.basecase import Guess
-from tempo.audit.frames import as_taps
+from tempo.audit.controls import basecase
+from tempo.audit.controls.basecase import Guess
+from tempo.audit.controls.weak import small_mix
 from tempo.audit.knowledge import Knowledge
+from tempo.audit.solvers import blockwise, frames
+from tempo.audit.solvers.frames import as_taps
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import Truth
-from tempo.audit.weak import small_mix
 
 STEPS = {"quick": 4, "full": 16}
 """Calls with masks of their own that are joined."""

@@ -6,12 +6,12 @@ import torch
 
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, Outcome
 from tempo.audit.attacks.ica import reused
+from tempo.audit.controls.toys import sparse_features
+from tempo.audit.controls.weak import FeaturesReused
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.toys import sparse_features
+from tempo.audit.solvers.unmixing import PRODUCTS, Unmixing, flat, gather, separation
 from tempo.audit.transcript import View
 from tempo.audit.truth import Truth
-from tempo.audit.unmixing import PRODUCTS, Unmixing, flat, gather, separation
-from tempo.audit.weak import FeaturesReused
 
 
 class Covariance(Attack):

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tempo.audit import victims
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome
+from tempo.audit.controls import victims
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.matching import CERTAIN, Match, match, stacks
+from tempo.audit.solvers.matching import CERTAIN, Match, match, stacks
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import CallTruth, Truth, Which
 

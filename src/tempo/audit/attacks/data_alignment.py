@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from tempo.audit import lab
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome
+from tempo.audit.controls.toys import sparse_features
+from tempo.audit.controls.weak import FeaturesReused
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.reference import plain_inputs
 from tempo.audit.samples import Samples
-from tempo.audit.toys import sparse_features
+from tempo.audit.solvers.reference import plain_inputs
+from tempo.audit.solvers.unmixing import Gathered, features_masked, flat, gather
 from tempo.audit.transcript import View
 from tempo.audit.truth import Truth
-from tempo.audit.unmixing import Gathered, features_masked, flat, gather
-from tempo.audit.weak import FeaturesReused
 
 SCORES = 1 << 15
 """Rows that fourth cumulants are taken over, at the most."""
@@ -97,7 +97,7 @@ class DataAlignment(Attack):
         """Skewed features of known covariance, rotated; rows left alone. The attacker has other rows."""
         model, attacker, victim = known_data()
         with lab.open_lab(masks=FeaturesReused()) as opened:
-            lab.protect(opened.session, model, (), "secret")
+            opened.session.protect(model, base="secret")
             model(victim)
         knowledge = Knowledge(architecture=_Net, data=Samples(attacker, torch.zeros(len(attacker), dtype=torch.int64)))
         evidence = Evidence(opened.views[0], knowledge, opened.truth())
@@ -118,7 +118,7 @@ class DataAlignmentBase(DataAlignment):
         with lab.open_lab(masks=FeaturesReused()) as opened:
             model = _Net(depth=2)
             model.load_state_dict(base.state_dict())
-            lab.protect(opened.session, model, ("layers.0",), "secret")
+            opened.session.protect(model, base="secret", trusted=("layers.0",))
             model(victim)
         knowledge = Knowledge(
             architecture=lambda: _Net(depth=2),

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tempo.audit import basecase
 from tempo.audit.attack import Attack, Control, Effort, Outcome
 from tempo.audit.attacks.signatures import (
     FULL_DRIFTS,
@@ -28,7 +27,8 @@ from tempo.audit.attacks.signatures import (
     fit_scales,
     taps,
 )
-from tempo.audit.basecase import Guess
+from tempo.audit.controls import basecase
+from tempo.audit.controls.basecase import Guess
 from tempo.audit.knowledge import Knowledge
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import Truth

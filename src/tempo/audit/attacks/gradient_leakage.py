@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from tempo.audit import lab
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome
 from tempo.audit.knowledge import Knowledge
+from tempo.audit.solvers.unmixing import features_masked
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import Truth
-from tempo.audit.unmixing import features_masked
 
 PARALLEL = 1 - 1e-5
 """Cosine of rows of ``dw~`` that stem from one input, rounded."""

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from tempo.audit import lab
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome
+from tempo.audit.controls.weak import Uncovered
 from tempo.audit.knowledge import Knowledge
+from tempo.audit.solvers.unmixing import WIDTH, flat
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import Truth
-from tempo.audit.unmixing import WIDTH, flat
-from tempo.audit.weak import Uncovered
 
 PAIRS: dict[Effort, int] = {"quick": 2, "full": 200}
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from tempo.audit import lab
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome
+from tempo.audit.controls.weak import OneSided
 from tempo.audit.knowledge import Knowledge
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import Truth
-from tempo.audit.weak import OneSided
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Gram(Attack):
         torch.manual_seed(0)
         with lab.open_lab(masks=OneSided()) as open_lab:
             model = nn.Linear(64, 64)
-            lab.protect(open_lab.session, model, (), "secret")
+            open_lab.session.protect(model, base="secret")
             model(torch.randn(64, 64) @ torch.randn(64, 64))
             evidence = Evidence(open_lab.views[0], Knowledge(), open_lab.truth())
         return Control(evidence, "correlation of inner products", 0.999, "issue: X Xᵀ exact without row mixing")

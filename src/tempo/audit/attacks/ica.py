@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from tempo.audit import lab
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Outcome
+from tempo.audit.controls.toys import sparse_features
+from tempo.audit.controls.weak import FeaturesReused
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.toys import sparse_features
+from tempo.audit.solvers.unmixing import PRODUCTS, Unmixing, fast_ica, gather, separation
 from tempo.audit.transcript import View
 from tempo.audit.truth import Truth
-from tempo.audit.unmixing import PRODUCTS, Unmixing, fast_ica, gather, separation
-from tempo.audit.weak import FeaturesReused
 
 
 class ICA(Attack):
@@ -46,7 +46,7 @@ def reused(x: Tensor, masks: FeaturesReused) -> lab.Lab:
     torch.manual_seed(0)
     model = nn.Linear(x.shape[1], 32)
     with lab.open_lab(masks=masks) as opened:
-        lab.protect(opened.session, model, (), "secret")
+        opened.session.protect(model, base="secret")
         for batch in x.float().split(1024):
             model(batch)
             with torch.no_grad():

@@ -115,7 +115,7 @@ class Information(Attack):
         torch.manual_seed(0)
         model = nn.Linear(64, 64)
         with lab.open_lab(scheme="insecure-plain") as opened:
-            lab.protect(opened.session, model, (), "secret")
+            opened.session.protect(model, base="secret")
             model(torch.randn(256, 64)).square().sum().backward()
             opened.session.unprotect(model)
         evidence = Evidence(opened.views[0], Knowledge(), opened.truth())

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tempo.audit import basecase
 from tempo.audit.attack import Attack, Control, Curve, Effort, Figure, NotApplicable, Outcome
 from tempo.audit.attacks.signatures import match, taps
 from tempo.audit.attacks.singular_vectors import rotations
+from tempo.audit.controls import basecase
 from tempo.audit.knowledge import Knowledge
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import Truth

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tempo.audit import theft, victims
-from tempo.audit.assemble import Assembly
+from tempo.audit import theft
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome
-from tempo.audit.ends import align_inputs, align_outputs, name_classes
+from tempo.audit.controls import victims
 from tempo.audit.knowledge import Knowledge
 from tempo.audit.samples import Samples
-from tempo.audit.skeleton import Skeleton, is_pixels
+from tempo.audit.solvers.assemble import Assembly
+from tempo.audit.solvers.ends import align_inputs, align_outputs, name_classes
+from tempo.audit.solvers.skeleton import Skeleton, is_pixels
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import Truth
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Outcome
 from tempo.audit.attacks.ica import reused
+from tempo.audit.controls.weak import FeaturesReused
 from tempo.audit.knowledge import Knowledge
+from tempo.audit.solvers.unmixing import PRODUCTS, Unmixing, gather, separation, whiten
 from tempo.audit.transcript import View
 from tempo.audit.truth import Truth
-from tempo.audit.unmixing import PRODUCTS, Unmixing, gather, separation, whiten
-from tempo.audit.weak import FeaturesReused
 
 
 class NMF(Attack):

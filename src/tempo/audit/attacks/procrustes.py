@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tempo.audit import basecase
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome
 from tempo.audit.attacks.signatures import taps
 from tempo.audit.attacks.singular_vectors import polar, sign
-from tempo.audit.basecase import Guess
+from tempo.audit.controls import basecase
+from tempo.audit.controls.basecase import Guess
+from tempo.audit.controls.toys import correlated_features
+from tempo.audit.controls.weak import FeaturesReused
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.reference import plain_inputs
-from tempo.audit.toys import correlated_features
+from tempo.audit.solvers.reference import plain_inputs
+from tempo.audit.solvers.unmixing import flat
 from tempo.audit.transcript import View
 from tempo.audit.truth import Truth
-from tempo.audit.unmixing import flat
-from tempo.audit.weak import FeaturesReused
 
 WIDTH: dict[Effort, int] = {"quick": 256, "full": 1024}
 """Input features of the widest product that is attacked."""

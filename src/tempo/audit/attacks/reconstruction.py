@@ -12,14 +12,14 @@ from tempo.audit import lab
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome, Panel
 from tempo.audit.attacks.data_alignment import align
 from tempo.audit.attacks.spatial_ica import SOURCES, raw_images, unmix
+from tempo.audit.controls.toys import dead_leaves
 from tempo.audit.images import correlations, fitted, png, psnr, ssim, stretched
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.reference import SAMPLES, plain_inputs
 from tempo.audit.samples import Samples
-from tempo.audit.toys import dead_leaves
+from tempo.audit.solvers.reference import SAMPLES, plain_inputs
+from tempo.audit.solvers.unmixing import flat
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import Truth
-from tempo.audit.unmixing import flat
 
 PRODUCTS = 3
 """How many of the first products are looked at."""
@@ -140,7 +140,7 @@ class ReconstructionBase(Reconstruction):
         base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         pictures = dead_leaves(SAMPLES + 32, 1, 12, torch.Generator().manual_seed(1)) - 0.5
         with lab.open_lab(scheme="insecure-plain") as opened:
-            lab.protect(opened.session, model, ("1",), "secret")
+            opened.session.protect(model, base="secret", trusted=("1",))
             model(pictures[SAMPLES:])
         own = Samples(pictures[:SAMPLES], torch.zeros(SAMPLES, dtype=torch.int64))
         evidence = Evidence(opened.views[0], Knowledge(_features, base, own, ("1",)), opened.truth())

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from tempo.audit import basecase, frames
 from tempo.audit.attack import Attack, Control, Effort, NotApplicable, Outcome
 from tempo.audit.attacks.sparse_frame import Framed, FrameGuess, begin, mask_figures, one_round, single, targets
-from tempo.audit.frames import Start
+from tempo.audit.controls import basecase
 from tempo.audit.knowledge import Knowledge
+from tempo.audit.solvers import frames
+from tempo.audit.solvers.frames import Start
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import Truth
 from tempo.schemes.mix import Mix

@@ -15,9 +15,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 
-from tempo.audit import basecase
 from tempo.audit.attack import Attack, Control, Effort, Outcome
-from tempo.audit.basecase import Guess
+from tempo.audit.controls import basecase
+from tempo.audit.controls.basecase import Guess
 from tempo.audit.knowledge import Knowledge
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import Truth

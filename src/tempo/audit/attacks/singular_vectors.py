@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tempo.audit import basecase
 from tempo.audit.attack import Attack, Control, Effort, Outcome
 from tempo.audit.attacks.signatures import FULL_DRIFTS, QUICK_DRIFTS, assign, balanced, fit_scales, refine, taps
-from tempo.audit.basecase import Guess
+from tempo.audit.controls import basecase
+from tempo.audit.controls.basecase import Guess
+from tempo.audit.controls.weak import InputsMixed
 from tempo.audit.knowledge import Knowledge
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import Truth
-from tempo.audit.weak import InputsMixed
 
 FOUND = 0.3
 """Apparent drift from which on a match counts as wrong; a wrong one shows 1 or more."""

@@ -1,8 +1,8 @@
 """Sparse frames: block masks between the singular vectors of a masked and of a public weight, found by their sparsity.
 
-The strongest known attack on one round of mixing: weights of one call suffice. `tempo.audit.frames` finds a start,
-`tempo.audit.blockwise` the blocks and the least-squares masks. What remains of the private change is what the masks'
-own freedom does not hide: of an m×d weight under blocks of side s, delta error √((d+m)(s−1)/(2dm)).
+The strongest known attack on one round of mixing: weights of one call suffice. `tempo.audit.solvers.frames` finds a
+start, `tempo.audit.solvers.blockwise` the blocks and the least-squares masks. What remains of the private change is
+what the masks' own freedom does not hide: of an m×d weight under blocks of side s, delta error √((d+m)(s−1)/(2dm)).
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from tempo.audit import basecase, blockwise, frames
 from tempo.audit.attack import Attack, Control, Effort, Figure, NotApplicable, Outcome
-from tempo.audit.basecase import Guess
-from tempo.audit.blockwise import Solution
-from tempo.audit.frames import Start, as_taps
+from tempo.audit.controls import basecase
+from tempo.audit.controls.basecase import Guess
+from tempo.audit.controls.weak import small_mix
 from tempo.audit.knowledge import Knowledge
+from tempo.audit.solvers import blockwise, frames
+from tempo.audit.solvers.blockwise import Solution
+from tempo.audit.solvers.frames import Start, as_taps
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import Truth
-from tempo.audit.weak import small_mix
 from tempo.schemes.masks import Mask
 
 BLOCKS = (4, 8, 16, 32, 64)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import torch
 
-from tempo.audit import basecase, frames
 from tempo.audit.attack import Control, Effort, NotApplicable
 from tempo.audit.attacks.sparse_frame import Framed, SparseFrame, likely, one_round, single, targets
-from tempo.audit.frames import as_taps
+from tempo.audit.controls import basecase
+from tempo.audit.controls.weak import small_mix
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.reference import plain_inputs
+from tempo.audit.solvers import frames
+from tempo.audit.solvers.frames import as_taps
+from tempo.audit.solvers.reference import plain_inputs
 from tempo.audit.transcript import View
-from tempo.audit.weak import small_mix
 
 
 class SparseFrameInputs(SparseFrame):

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from tempo.audit import lab
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome, Panel
+from tempo.audit.controls.toys import dead_leaves
+from tempo.audit.controls.weak import Uncovered
 from tempo.audit.images import correlations, fitted, png, stretched
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.toys import dead_leaves
+from tempo.audit.solvers.unmixing import fast_ica
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import Truth
-from tempo.audit.unmixing import fast_ica
-from tempo.audit.weak import Uncovered
 
 SOURCES: dict[Effort, int] = {"quick": 192, "full": 1024}
 PIXELS = 256
@@ -147,7 +147,7 @@ def raw_images(count: int, size: int) -> lab.Lab:
     torch.manual_seed(0)
     model = nn.Conv2d(1, 1, 3).double()
     with lab.open_lab(masks=Uncovered(1, count)) as opened:
-        lab.protect(opened.session, model, (), "secret")
+        opened.session.protect(model, base="secret")
         model(dead_leaves(count, 1, size, generator).double() - 0.5)
     return opened
 

@@ -12,14 +12,15 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from tempo.audit import basecase, blockwise
 from tempo.audit.attack import Attack, Control, Effort, NotApplicable, Outcome
 from tempo.audit.attacks.sparse_frame import DRIFTS, Framed, FrameGuess, begin, guess, mask_figures, single, targets
-from tempo.audit.frames import as_taps
+from tempo.audit.controls import basecase
+from tempo.audit.controls.weak import small_mix
 from tempo.audit.knowledge import Knowledge
+from tempo.audit.solvers import blockwise
+from tempo.audit.solvers.frames import as_taps
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import Truth
-from tempo.audit.weak import small_mix
 
 BLOCKS = (16, 32)
 """Sides of blocks to try."""

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from tempo.audit import lab
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome
+from tempo.audit.controls.toys import ClassTokenNet
+from tempo.audit.controls.weak import Uncovered
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.toys import ClassTokenNet
+from tempo.audit.solvers.unmixing import features_masked
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import CallTruth, Truth
-from tempo.audit.unmixing import features_masked
-from tempo.audit.weak import Uncovered
 
 PARALLEL = 1 - 1e-5
 """Cosine of rows that are one row, rounded: even in bfloat16, rounding leaves 1 - 1e-6."""

@@ -9,10 +9,10 @@ from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tempo.audit import charts, levels
 from tempo.audit.attack import Curve, Figure, Finding, Panel
-from tempo.audit.levels import LEVELS, Level, Standing, number
-from tempo.audit.report import Report, Run
+from tempo.audit.report import charts, levels
+from tempo.audit.report.contents import Report, Run
+from tempo.audit.report.levels import LEVELS, Level, Standing, number
 
 MARKS = {"broken": "✕", "resisted": "○", "not applicable": "–", "not scored": "?", "untried": "·"}
 """Signs of the verdicts, since colour alone tells nothing to many."""
@@ -48,7 +48,7 @@ def page(report: Report) -> str:
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("tempo.audit", "page"),
+        loader=PackageLoader("tempo.audit.report", "page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

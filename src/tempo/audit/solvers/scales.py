@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tempo.audit.matching import balance
+from tempo.audit.solvers.matching import balance
 
 ALTERNATIONS = 60
 """Least squares for rows and channels in turn."""

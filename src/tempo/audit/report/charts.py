@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 from msgspec import structs
 
 from tempo.audit.attack import Curve, Figure
-from tempo.audit.levels import number, progress
+from tempo.audit.report.levels import number, progress
 
 WIDTH, HEIGHT = 460, 270
 LEFT, RIGHT, TOP, BOTTOM = 66, 20, 16, 50

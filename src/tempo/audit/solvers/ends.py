@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tempo.audit.matching import assign
-from tempo.audit.placed import Placed
 from tempo.audit.samples import Samples
+from tempo.audit.solvers.matching import assign
+from tempo.audit.solvers.placed import Placed
 from tempo.audit.theft import predictions
 from tempo.recipes.models import logits
 

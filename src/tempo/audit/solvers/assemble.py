@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tempo.audit.attack import NotApplicable
-from tempo.audit.matching import assign, balance, match, stacks
-from tempo.audit.placed import Placed, evenly, fit_scales, log_size
-from tempo.audit.scales import channels, row_factors
-from tempo.audit.skeleton import Place, Skeleton, along
+from tempo.audit.solvers.matching import assign, balance, match, stacks
+from tempo.audit.solvers.placed import Placed, evenly, fit_scales, log_size
+from tempo.audit.solvers.scales import channels, row_factors
+from tempo.audit.solvers.skeleton import Place, Skeleton, along
 from tempo.audit.transcript import Call
 from tempo.audit.truth import Truth, Which
 

@@ -8,7 +8,7 @@ import msgspec
 
 from tempo.audit.attack import Attack
 from tempo.audit.attacks import REGISTRY
-from tempo.audit.report import CONTROL, Run
+from tempo.audit.report.contents import CONTROL, Run
 
 
 def run(names: Iterable[str] = ()) -> Run:

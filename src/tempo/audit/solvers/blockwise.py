@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix, vstack
 from sklearn.cluster import AgglomerativeClustering, KMeans
 from torch import Tensor
 
-from tempo.audit.frames import Start, polar, towards_a, towards_p, unmasked
+from tempo.audit.solvers.frames import Start, polar, towards_a, towards_p, unmasked
 
 FOUND = 0.5
 """Residuals from here up are those of wrong masks: orthogonal ones at random leave about 1.4."""

@@ -51,7 +51,7 @@ def _inputs(model: nn.Module, inputs: Tensor, trusted: tuple[str, ...], unfold: 
     found: dict[str, Tensor] = {}
     with lab.open_lab(scheme="insecure-plain", unfold=unfold) as opened, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        lab.protect(opened.session, model, trusted, "secret")
+        opened.session.protect(model, base="secret", trusted=trusted)
         for number in range(3):
             # The first passes only find out which layers share their input.
             output = model(inputs if number == 2 else inputs[:2])

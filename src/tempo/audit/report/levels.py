@@ -9,7 +9,7 @@ from typing import Literal
 
 from tempo.audit.attack import Figure, Finding
 from tempo.audit.knowledge import Fact
-from tempo.audit.report import CONTROL, Report, Run
+from tempo.audit.report.contents import CONTROL, Report, Run
 from tempo.settings import Settings
 
 

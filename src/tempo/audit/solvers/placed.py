@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tempo.audit.skeleton import along
+from tempo.audit.solvers.skeleton import along
 from tempo.audit.transcript import Call
 
 

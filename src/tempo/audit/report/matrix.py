@@ -2,7 +2,7 @@
 
 Tables stand between ``<!-- audit:NAME -->`` and ``<!-- /audit:NAME -->`` in ``threat-model.md`` and ``schemes/*.md``.
 NAME is a scheme, for all about it, or ``schemes``, for one column for each. Write them with
-``python -m tempo.audit.matrix DOCS REPORT.json``.
+``python -m tempo.audit.report.matrix DOCS REPORT.json``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tempo.audit import levels
 from tempo.audit.attack import Figure, Finding
-from tempo.audit.levels import LEVELS, Level, number
-from tempo.audit.report import Report, Run, read
+from tempo.audit.report import levels
+from tempo.audit.report.contents import Report, Run, read
+from tempo.audit.report.levels import LEVELS, Level, number
 from tempo.errors import AuditError
 
 SUMMARY = "schemes"

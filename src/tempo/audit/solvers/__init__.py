@@ -1,0 +1,1 @@
+"""What attacks in `attacks/` put to use: matching, putting a network together again, fitting masks."""
