@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tempo.audit import report as reports
+from tempo.audit.report import contents
 from tempo.cli import app
 
 RECIPE = """
@@ -56,7 +56,7 @@ def test_a_transcript_of_a_real_worker_is_attacked_and_scored(recipe, tmp_path):
         *("--truth", tmp_path / "truth", "--truth", tmp_path / "run"),
         *("--knows", f"architecture={recipe},base={tmp_path / 'run'},data=digits"),
     )
-    (audited,) = reports.read(file).runs
+    (audited,) = contents.read(file).runs
     (finding,) = audited.findings
     assert audited.scheme == "insecure-plain"
     assert audited.facts == ["architecture", "base", "data"]
@@ -69,7 +69,7 @@ def test_without_the_truth_nothing_is_claimed(recipe, tmp_path):
     run("train", recipe, "--out", tmp_path / "run", "--set", f"session.transcript={tmp_path / 'transcript'}")
     file = tmp_path / "report.json"
     run("audit", tmp_path / "transcript", "--attack", "gram", "--json", file)
-    (finding,) = reports.read(file).runs[0].findings
+    (finding,) = contents.read(file).runs[0].findings
     assert finding.verdict == "not scored"
     assert "--truth" in finding.reason
 
@@ -83,7 +83,7 @@ def test_train_record_and_attack_in_one_go(recipe, tmp_path, monkeypatch):
         *("audit", "--run", recipe, "--scheme", "insecure-plain", "--scheme", "mix", "--attack", "gram"),
         *("--json", file, "--html", page, "--no-controls"),
     )
-    report = reports.read(file)
+    report = contents.read(file)
     assert [(r.scheme, r.base) for r in report.runs] == [
         ("insecure-plain", "secret"),
         ("mix", "secret"),
@@ -98,7 +98,7 @@ def test_train_record_and_attack_in_one_go(recipe, tmp_path, monkeypatch):
     assert "gram" in page.read_text()
     merged = tmp_path / "merged.html"
     run("audit", "--merge", file, "--merge", file, "--html", merged, "--json", tmp_path / "merged.json")
-    assert len(reports.read(tmp_path / "merged.json").runs) == 8
+    assert len(contents.read(tmp_path / "merged.json").runs) == 8
     assert merged.read_text().count("gram") > page.read_text().count("gram")
 
 

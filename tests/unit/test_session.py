@@ -187,3 +187,15 @@ def test_convolutions_that_go_out_as_they_are_are_warned_of_under_mix(connect):
             model(x)
             model(x)
         assert sum("unfold=True" in str(w.message) for w in caught) == warned
+
+
+def test_a_session_that_is_over_leaves_no_engine_behind(workers):
+    model = nn.Linear(4, 3)
+    with tempo.connect(workers[0], scheme="insecure-plain", placement="all") as session:
+        session.protect(model)
+        model(torch.ones(5, 4)).sum().backward()
+        session.unprotect(model)
+    engine = weakref.ref(session._engine)
+    del session
+    gc.collect()
+    assert engine() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
 import sys
 import time
@@ -71,14 +72,15 @@ def audit(
         raise SettingsError("audit: give either a TRANSCRIPT or --run RECIPE")
     runs: list[Run] = []
     with console.status("") as status:
+        tell = status.update if console.is_terminal else console.print
         if run is not None:
             recipe = recipes.load(run, overrides(settings, None))
-            runs = _rehearse(recipe, scheme or [], origin or [], attack or [], effort, workers, status.update)
+            runs = _rehearse(recipe, scheme or [], origin or [], attack or [], effort, workers, tell)
             if control:
-                status.update("controls")
+                tell("controls")
                 runs.append(running.run(attack or ()))
         elif recording is not None:
-            runs = [_attack_recording(recording, Given.parse(knows), truth or [], attack or [], effort, status.update)]
+            runs = [_attack_recording(recording, Given.parse(knows), truth or [], attack or [], effort, tell)]
     report = Report(
         runs=runs,
         command=shlex.join(["tempo", *sys.argv[1:]]),
@@ -133,6 +135,8 @@ def _rehearse(
                     findings=findings,
                 )
             )
+            del done
+            gc.collect()  # sessions are cycles, and their recordings large
     return runs
 
 
@@ -156,12 +160,17 @@ def _attack_recording(
 def _table(run: Run) -> Table:
     """One line for each finding."""
     drift = "" if run.drift is None else f", drift {run.drift:.1%}"
-    table = Table(title=f"{run.scheme}: {run.title}, from {run.base} weights{drift}")
+    idle = ", ".join(finding.attack for finding in run.findings if finding.verdict == "not applicable")
+    table = Table(
+        title=f"{run.scheme}: {run.title}, from {run.base} weights{drift}",
+        caption=f"not applicable (--json says why): {idle}" if idle else None,
+    )
     for column in ("attack", "attacker knows", "verdict", "figure", "chance"):
         table.add_column(column)
     table.add_column("value", justify="right")
     for finding in run.findings:
-        table.add_row(*_line(finding))
+        if finding.verdict != "not applicable":
+            table.add_row(*_line(finding))
     return table
 
 

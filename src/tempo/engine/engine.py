@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -124,10 +125,9 @@ class Engine:
         if future.exception() is None and future.result() is not None:
             self.links[worker].release(future.result())
 
-    def forget(self, workers: Sequence[int], weight: int, operand: int) -> None:
-        """Let workers drop what is garbage here. Safe in finalizers: nothing is sent before the next request."""
-        for worker in workers:
-            self.links[worker].forget(weights=(weight,) if weight else (), operands=(operand,) if operand else ())
+    def forget_after(self, owner: object, workers: Sequence[int], weight: int = 0, operand: int = 0) -> None:
+        """Let ``workers`` drop a weight or an operand once ``owner`` is garbage here."""
+        weakref.finalize(owner, _forget, weakref.ref(self), workers, weight, operand)
 
     # --- state --------------------------------------------------------------------------------------------------
 
@@ -164,3 +164,15 @@ class Engine:
         self._open = False
         for link in self.links:
             link.close()
+
+
+def _forget(engine: weakref.ref[Engine], workers: Sequence[int], weight: int, operand: int) -> None:
+    """Tell workers, unless the engine is garbage, too: a finalizer that held it would keep it, and all else, for good.
+
+    Safe in finalizers: nothing is sent before the next request.
+    """
+    alive = engine()
+    if alive is None:
+        return
+    for worker in workers:
+        alive.links[worker].forget(weights=(weight,) if weight else (), operands=(operand,) if operand else ())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -34,7 +33,7 @@ class StoredWeight:
         self.number = engine.new_number()
         self.rows_served = 0
         self._batch: Batch | None = engine.batch(product)
-        weakref.finalize(self, engine.forget, self.workers, self.number, 0)
+        engine.forget_after(self, self.workers, weight=self.number)
         for operand in encoded.operands:
             self._batch.post(operand, Store, {}, weight=self.number)
         self.posted = list(self._batch.posted.values())
@@ -219,7 +218,7 @@ class Call:
         self._resent: Batch | None = None
         if keep:
             self.operand = product.engine.new_number()
-            weakref.finalize(self, product.engine.forget, list(self.shapes_x), 0, self.operand)
+            product.engine.forget_after(self, list(self.shapes_x), operand=self.operand)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Send ``x~``, await ``y~``, unmask. ``x`` is only for the record of the truth, if there is one."""
