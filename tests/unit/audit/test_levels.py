@@ -93,8 +93,8 @@ def test_progress_runs_from_chance_to_clear(value, chance, ceiling):
 
 
 def test_runs_of_one_scheme_are_told_apart_by_the_settings_in_which_they_differ():
-    one = run(settings={"placement": "all"})
-    two = run(settings={"placement": "all", "mix_rounds": "2"})
+    one = run(settings={"placement": "all", "trusted": "a"})
+    two = run(settings={"placement": "all", "mix_rounds": "2", "trusted": "b"})  # which layers: of the model
     other = run(scheme="tempo", settings={"placement": "all"})
     control = run(scheme=CONTROL)
     found = subjects(Report(runs=[one, other, two, control]))

@@ -13,7 +13,7 @@ from tempo.audit.attacks.nmf import NMF
 from tempo.audit.controls.toys import correlated_features, sparse_features
 from tempo.audit.controls.weak import FeaturesReused, OneSided
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.solvers.unmixing import mean_best_correlation, whiten
+from tempo.audit.solvers.unmixing import Unmixing, gather, mean_best_correlation, separation, whiten
 
 ROWS = 8192
 
@@ -110,3 +110,20 @@ def test_whitening_leaves_out_directions_without_variance():
 def test_best_correlations_do_not_depend_on_order_sign_or_scale_and_skip_dead_features():
     x = features()
     assert mean_best_correlation(torch.cat([x, torch.zeros(ROWS, 1)], 1), -3 * x.flip(1)) == pytest.approx(1)
+
+
+def test_what_features_have_in_common_is_not_taken_for_separation():
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(2048, 1, generator=generator)
+    features = common + 0.5 * torch.randn(2048, 64, generator=generator)
+    model = nn.Linear(64, 8, bias=False)
+    with lab.open_lab(scheme="mix", insecure_small_blocks=True, mix_block=8) as opened:
+        opened.session.protect(model, base="secret")
+        model(features)
+        opened.session.unprotect(model)
+    anything = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64))[0]
+    (gathered,) = gather(opened.views[0], "quick")
+    figure = separation([Unmixing(gathered, anything)], opened.truth(), "direction").figures[0]
+    assert figure.value > 0.5  # any direction goes with the common part
+    assert not figure.leaking
+    assert figure.value < figure.chance + 0.2

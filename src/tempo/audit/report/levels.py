@@ -63,7 +63,8 @@ LEVELS: tuple[Level, ...] = (
     ),
 )
 
-ACTIVE = "active"
+_OF_THE_MODEL = {"trusted", "offload", "placement"}
+"""Settings that say which layers go out, by their names in one model: runs of several models differ in them."""
 
 
 def level_of(finding: Finding) -> Level:
@@ -140,7 +141,11 @@ def subjects(report: Report) -> dict[str, list[Run]]:
     named: dict[str, list[Run]] = {}
     for run in runs:
         same = [other.settings for other in runs if other.scheme == run.scheme]
-        varied = [name for name in run.settings if len({settings.get(name) for settings in same}) > 1]
+        varied = [
+            name
+            for name in run.settings
+            if name not in _OF_THE_MODEL and len({settings.get(name) for settings in same}) > 1
+        ]
         texts = [f"{name} = {run.settings[name]}" for name in varied]
         named.setdefault(run.scheme + (f" ({', '.join(texts)})" if texts else ""), []).append(run)
     return named

@@ -125,7 +125,7 @@ def _scheme(report: Report, title: str, runs: list[Run], named: bool) -> str:
             for verdict in ("resisted", "broken")
         ]
         if not worst:
-            cells = ["no attack applied" if any(levels.within(run, level) for run in runs) else "not tried", "—"]
+            cells = ["no attack applied" if any(levels.within(run, level) for run in runs) else "not tried", ""]
         rows.append([level.title, HIDES, cells[0] or "—", f"**{cells[1]}**" if cells[1] else "—"])
     rows.append(["lies (active)", HIDES, "—", _active().removeprefix("**broken**: ")])
     head = [f"{_code(title)}:", ""] if named else []
