@@ -59,7 +59,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Bound on a block's condition number; 1 for orthogonal blocks."""
 
     mix_cloak: Annotated[int, Meta(ge=0, le=1024)] | None = None
-    """Rank of the secret matrix added to each weight; none: 0 under `mix`, 16 under `mix-tuned`."""
+    """Rank of the secret matrix added to each weight; none: 16."""
 
     mix_shield_rows: Annotated[int, Meta(ge=0, le=4096)] = 0
     """Random rows of high energy to add to every part of the rows that a worker gets."""
