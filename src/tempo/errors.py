@@ -51,7 +51,13 @@ class ProtocolError(TempoError):
 
 
 class WorkerError(TempoError):
-    """Something went wrong at, or on the way to, one worker. Names its address."""
+    """Something went wrong at, or on the way to, one worker. Names its address.
+
+    Attributes:
+        worker: Its number in the session, where it is one of a session's.
+    """
+
+    worker: int | None = None
 
 
 class WorkerUnreachableError(WorkerError):
@@ -72,6 +78,10 @@ class WorkerOutOfMemoryError(WorkerError):
 
 class WorkerFailedError(WorkerError):
     """The worker answered a request with an error of its own."""
+
+
+class WorkerLiedError(WorkerError):
+    """An answer of the worker failed verification: it computed something else. Names layer, step and residual."""
 
 
 class CheckpointError(TempoError):

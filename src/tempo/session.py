@@ -13,6 +13,7 @@ from torch import nn
 from tempo import schemes
 from tempo.conditions import conditions
 from tempo.engine.coverage import TrustedProducts
+from tempo.engine.crew import Incident
 from tempo.engine.engine import Engine
 from tempo.engine.link import Link
 from tempo.engine.local import start_local_workers
@@ -94,6 +95,11 @@ class Session:
     def settings(self) -> Settings:
         """What the session was opened with."""
         return self._engine.settings
+
+    @property
+    def incidents(self) -> list[Incident]:
+        """Workers that left this session, oldest first, and why."""
+        return list(self._engine.crew.incidents)
 
     def protect(
         self,
@@ -182,7 +188,7 @@ class Session:
         if found.base == "public" and preset != scheme.name:
             if preset not in self._presets:
                 self._presets[preset] = schemes.create(preset, self.settings)
-                self._engine.check_workers(self._presets[preset])
+                self._engine.crew.check(self._presets[preset])
             scheme = self._presets[preset]
         if (said := f"scheme {scheme.name!r}, base {found.base}: {found.why}") not in self._said:
             self._said.add(said)

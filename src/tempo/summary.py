@@ -53,8 +53,8 @@ class Summary:
     def __init__(self, engine: Engine, layers: Sequence[ProtectedLayer], models: Sequence[ProtectedModel] = ()) -> None:
         self.models = list(models)
         self.workers = [
-            f"{link.address} ({link.welcome.device}), {share:.0%} of the rows"
-            for link, share in zip(engine.links, engine.planner.shares, strict=True)
+            f"{link.address} ({link.welcome.device}), {engine.crew.share(number):.0%} of the rows"
+            for number, link in enumerate(engine.links)
         ]
         self.lines = [_line(layer, layer.site) for layer in layers if layer.site is not None]
         self.unsupported = [f"{layer.name} ({type(layer.module).__name__})" for layer in layers if layer.site is None]

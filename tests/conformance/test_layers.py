@@ -67,7 +67,7 @@ def test_layers_give_the_numbers_of_plain_pytorch(connect, scheme, layer, worker
     operators = min(workers_used, schemes.create(scheme).traits.operators)
     session = connect(workers_used, operators, scheme=scheme, **SMALL.get(scheme, {}))
     bounds = BOUNDS_WITH_CLOAK if scheme == "mix-tuned" else BOUNDS
-    session._engine.planner.shares = [0.5, 0.3, 0.2][:workers_used]
+    session._engine.crew.shares = [0.5, 0.3, 0.2][:workers_used]
 
     @settings(settings.get_profile("conformance"))
     @given(data=st.data(), dtype=st.sampled_from([*BOUNDS, *HALF_BOUNDS]), training=st.booleans())

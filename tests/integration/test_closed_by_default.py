@@ -12,7 +12,7 @@ from torch import nn
 
 import tempo
 from tempo.checkpoint import Checkpoint
-from tempo.engine.product import Fingerprint
+from tempo.engine.fingerprint import Fingerprint
 from tempo.errors import ProtectionWarning, SettingsError, WorkerOutOfMemoryError
 from tempo.recipes.inference import recipe_of
 from tempo.settings import Settings

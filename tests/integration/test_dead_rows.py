@@ -61,7 +61,7 @@ def test_live_rows_go_out_again_by_themselves(connect, scheme, operators):
     torch.manual_seed(0)
     plain, x = Attentive(), torch.randn(40, 12, 64)
     session = connect(operators, operators, scheme=scheme)
-    session._engine.planner.shares = [1 / operators] * operators
+    session._engine.crew.shares = [1 / operators] * operators
     model = session.protect(copy.deepcopy(plain))
     check(gradients(model, x), gradients(plain, x))
     sent = messages(session)

@@ -71,7 +71,7 @@ def sent(session: Session) -> list[int]:
 @pytest.mark.parametrize("shares", SHARES, ids=str)
 def test_unequal_workers_give_the_numbers_of_plain_pytorch(connect, scheme, shares):
     session = connect(len(shares), scheme=scheme)
-    session._engine.planner.shares = shares
+    session._engine.crew.shares = shares
     plain, model = networks()
     session.protect(model)
     before = sent(session)  # by the measurements
@@ -89,7 +89,7 @@ def test_the_same_flops_go_out_whoever_computes_them(connect):
     counts = []
     for shares in SHARES:
         session = connect(len(shares), scheme="tempo")
-        session._engine.planner.shares = shares
+        session._engine.crew.shares = shares
         losses(session.protect(networks()[1]))
         used = session.stats()
         counts.append((used.flops_offloaded, used.encryptions))

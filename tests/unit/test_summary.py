@@ -77,7 +77,7 @@ def test_before_the_first_batch_only_what_is_settled_is_said(connect):
 
 def test_the_printed_report_names_scheme_workers_places_and_shares(connect):
     session = connect(2, scheme="insecure-plain")
-    session._engine.planner.shares = [0.75, 0.25]
+    session._engine.crew.shares = [0.75, 0.25]
     model = session.protect(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 18)), trusted=["2"])
     model(torch.ones(4, 6))
     text = str(session.summary())

@@ -64,6 +64,10 @@ class Batch:
             with self._named(worker):
                 future.result(timeout=self.engine.settings.request_timeout)
 
+    def arrived(self, name: str) -> bool:
+        """Whether all answers called ``name`` are there, or will never be."""
+        return all(future.done() for future in self._futures[name].values())
+
     @contextmanager
     def replies(self, name: str) -> Iterator[dict[int, Tensor]]:
         """The workers' answers called ``name``, to be decoded inside the context; their buffers are reused after it.
@@ -71,13 +75,14 @@ class Batch:
         Raises:
             WorkerError: A worker failed or did not answer in time; names the layer and the worker.
         """
-        engine, futures = self.engine, self._futures.pop(name)
+        engine, futures = self.engine, self._futures[name]
         start = time.perf_counter()
         before = {worker: engine.links[worker].worker_nanoseconds for worker in futures}
         replies = {}
         for worker, future in futures.items():
             with self._named(worker):
                 replies[worker] = future.result(timeout=engine.settings.request_timeout)
+        del self._futures[name]  # not before all are there: what is left is given back with this batch
         waited = time.perf_counter() - start
         computing = max(engine.links[worker].worker_nanoseconds - before[worker] for worker in futures) / 1e9
         engine.stats.seconds["worker"] += min(waited, computing)
@@ -94,9 +99,13 @@ class Batch:
         try:
             yield
         except FutureTimeoutError:
-            raise WorkerLostError(
+            lost = WorkerLostError(
                 f"layer {self.name!r}: worker {self.engine.links[worker].address} did not answer within "
                 f"{self.engine.settings.request_timeout:g} s (setting request_timeout)"
-            ) from None
+            )
+            lost.worker = worker
+            raise lost from None
         except WorkerError as error:
-            raise type(error)(f"layer {self.name!r}: {error}") from error
+            named = type(error)(f"layer {self.name!r}: {error}")
+            named.worker = worker
+            raise named from error

@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 from tempo.engine.batch import Batch
+from tempo.engine.crew import Crew
 from tempo.engine.link import Link
 from tempo.engine.placement import Planner
 from tempo.engine.sharing import InputSharing
 from tempo.engine.stats import Stats
 from tempo.engine.truth import TruthRecorder
-from tempo.errors import SchemeError, SessionClosedError
+from tempo.errors import SessionClosedError, WorkerError
 from tempo.keys import KeySchedule
 from tempo.schemes.base import Scheme, Target
 from tempo.settings import Settings
 
 if TYPE_CHECKING:
-    from tempo.engine.product import Product
+    from tempo.engine.product import Product, WeightGradients
 
 
 class Engine:
@@ -45,15 +46,18 @@ class Engine:
         self.settings = settings
         self.scheme = scheme
         self.links = list(links)
-        self.check_workers(scheme)
         self.keys = KeySchedule()
         self.stats = Stats()
         self.planner = Planner(settings.placement, self.links)
+        self.crew = Crew(self.links, self.planner.shares)
+        self.crew.check(scheme)
         self.sharing = InputSharing()
         self.step = 0
         self.truth = truth
         self.abandoned: deque[dict[str, dict[int, Future[Any]]]] = deque()
         """Answers that nobody will read; appended to by finalizers, which must not take locks."""
+        self.unsettled: weakref.WeakSet[WeightGradients] = weakref.WeakSet()
+        """Weight gradients that workers may still be computing."""
         self._numbers = itertools.count(1)
         self._backward_since_step = False
         self._warned: set[str] = set()
@@ -77,35 +81,14 @@ class Engine:
 
     # --- workers ------------------------------------------------------------------------------------------------
 
-    def check_workers(self, scheme: Scheme) -> None:
-        """Raise `SchemeError` if ``scheme`` does not work with these workers."""
-        traits = scheme.traits
-        operators = {link.address.operator for link in self.links}
-        if len(self.links) < traits.min_workers:
-            raise SchemeError(f"scheme {scheme.name!r} needs {traits.min_workers} workers; {len(self.links)} given")
-        if traits.distinct_operators and len(operators) < len(self.links):
-            raise SchemeError(f"scheme {scheme.name!r} needs workers of distinct operators (host:port@operator)")
-
     def targets(self, number: int, rows: int, flops: int, operators: int = 1) -> list[Target]:
-        """Which workers take part in a product, and with which share of its rows.
-
-        Args:
-            number: Of the product; spreads small ones over the workers.
-            rows: Of its input.
-            flops: Of one pass.
-            operators: How many distinct operators its scheme divides it over, where there are that many.
-        """
+        """Which workers take part in a product of so many ``flops``; the rest as for `Crew.targets`."""
         self.check_open()
-        shares = self.planner.shares
-        everyone = [Target(i, link.address.operator, shares[i]) for i, link in enumerate(self.links)]
-        parties = list(dict.fromkeys(target.operator for target in everyone))
-        if operators > 1 and len(parties) > 1:
-            chosen = [parties[(number + i) % len(parties)] for i in range(min(operators, len(parties)))]
-            teams = [[target for target in everyone if target.operator == operator] for operator in chosen]
-        else:
-            teams = [everyone]
-        whole = flops < self.settings.divide_flops or any(rows < len(team) for team in teams)
-        return [target for team in teams for target in ([team[number % len(team)]] if whole else team)]
+        return self.crew.targets(number, rows, flops < self.settings.divide_flops, operators)
+
+    def dismiss(self, error: WorkerError) -> None:
+        """Go on without the worker that ``error`` is about; raises it where nobody is left (see `Crew.dismiss`)."""
+        self.crew.dismiss(error, self.step)
 
     def empty(self, worker: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A send buffer of that worker's link."""
@@ -120,6 +103,12 @@ class Engine:
         if self.truth is not None:
             self.truth.named(product.number, product.name)
         return Batch(self, product.name, product.number)
+
+    def settle(self) -> None:
+        """Take the weight gradients that have arrived, so that nothing is kept for their sake any longer."""
+        for gradients in [gradients for gradients in self.unsettled if gradients.arrived]:
+            self.unsettled.discard(gradients)
+            gradients()
 
     def _release_unread(self, worker: int, future: Future[Any]) -> None:
         if future.exception() is None and future.result() is not None:

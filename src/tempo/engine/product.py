@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tempo.engine.dtypes import WIRE_DTYPES
+from tempo.engine.fingerprint import Fingerprint
 from tempo.engine.geometry import flops, output_shape
-from tempo.errors import NonFiniteError
-from tempo.schemes.base import EncodedInput, EncodedWeight, Operand, Problem, Scheme, Target
+from tempo.errors import NonFiniteError, WorkerError
+from tempo.schemes.base import EncodedGradient, EncodedInput, EncodedWeight, Operand, Problem, Scheme, Target
 from tempo.wire.messages import Backward, Forward, Store
 from tempo.wire.messages import Product as ProductKind
 
@@ -87,12 +89,16 @@ class Product:
             NonFiniteError: ``x`` or a weight holds NaN or infinity.
             WorkerError: A worker failed.
         """
-        call = self._encode(x, weights, sources, keep=keep, again=False)
-        try:
-            return call.forward(x), call
-        except BaseException:
-            self._stored = None  # whether the worker holds it is not known
-            raise
+        while True:
+            try:
+                call = self._encode(x, weights, sources, keep=keep, again=False)
+                return call.forward(x), call
+            except WorkerError as error:
+                self._stored = None  # whether workers hold it is not known
+                self.engine.dismiss(error)
+            except BaseException:
+                self._stored = None
+                raise
 
     def repeat(
         self,
@@ -109,15 +115,18 @@ class Product:
 
         Fresh masks of features too: under the old ones, a worker could express the new rows by those that it had.
         """
-        self._stored = None
-        try:
-            call = self._encode(x, weights, sources, keep=want_dw, again=True)
-            if want_dw:
-                call.resend(x)
-            return call.send(g, lambda: (x, list(weights), list(sources)), want_dx=want_dx, want_dw=want_dw)
-        except BaseException:
+        while True:
             self._stored = None
-            raise
+            try:
+                call = self._encode(x, weights, sources, keep=want_dw, again=True)
+                if want_dw:
+                    call.resend(x)
+                return call.send(g, lambda: (x, list(weights), list(sources)), want_dx=want_dx, want_dw=want_dw)
+            except WorkerError as error:
+                self.engine.dismiss(error)
+            except BaseException:
+                self._stored = None
+                raise
 
     def _encode(
         self, x: Tensor, weights: Sequence[Tensor], sources: Sequence[Tensor], *, keep: bool, again: bool
@@ -195,6 +204,51 @@ Gradients = tuple[Tensor | None, Callable[[], list[Tensor]] | None]
 """``dX``, and what awaits ``dW``, as far as wanted."""
 
 
+class WeightGradients:
+    """``dW`` of one call: workers compute it while the backward pass goes on, and nobody needs it before the optimizer.
+
+    Operands are kept until it is there, in case that it must be computed again: it is taken as soon as it has arrived.
+    """
+
+    def __init__(self, call: Call, batch: Batch, encoded: EncodedGradient, g: Tensor, saved: Saved) -> None:
+        self._call = call
+        self._batch = batch
+        self._encoded: EncodedGradient | None = encoded
+        self._g = g
+        self._parts: list[Tensor] | None = None
+        self._operands: tuple[Tensor, list[Tensor], list[Tensor]] | None = None
+        with suppress(RuntimeError):  # a weight was changed since: legal where no dX is wanted; no second try, then
+            self._operands = saved()
+        call.product.engine.unsettled.add(self)
+
+    def __call__(self) -> list[Tensor]:
+        """Await it: one gradient for each weight."""
+        if self._parts is None:
+            self._parts = self._await()
+            self._encoded = self._operands = None
+        return self._parts
+
+    @property
+    def arrived(self) -> bool:
+        """Whether nothing need be waited for."""
+        return self._parts is None and self._batch.arrived("dw")
+
+    def _await(self) -> list[Tensor]:
+        assert self._encoded is not None  # noqa: S101 - until it was awaited
+        try:
+            with self._batch.replies("dw") as replies:
+                return self._encoded.decode_weight_gradient(replies, self._call.sizes)
+        except WorkerError as error:
+            if self._operands is None:
+                raise
+            product = self._call.product
+            product.engine.dismiss(error)
+            x, weights, sources = self._operands
+            _, again = product.repeat(x, weights, sources, self._g, want_dx=False, want_dw=True)
+            assert again is not None  # noqa: S101 - it was wanted
+            return again()
+
+
 class Call:
     """One forward call, and the backward pass through it."""
 
@@ -269,7 +323,10 @@ class Call:
             rows = product.scheme.rows_to_repeat(g, *self.shapes, want_dw=want_dw)
         if rows is None and not self.differentiated:
             self.differentiated = True
-            return self.send(g, saved, want_dx=want_dx, want_dw=want_dw)
+            try:
+                return self.send(g, saved, want_dx=want_dx, want_dw=want_dw)
+            except WorkerError as error:
+                product.engine.dismiss(error)
         x, weights, sources = saved()
         if rows is None:
             return product.repeat(x, weights, sources, g, want_dx=want_dx, want_dw=want_dw)
@@ -278,9 +335,14 @@ class Call:
         return None if part is None else x.new_zeros(x.shape).index_copy_(0, rows, part), dw
 
     def send(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Gradients:
-        """Send ``g~`` as it is."""
+        """Send ``g~`` as it is.
+
+        Raises:
+            WorkerError: A worker failed; nothing was tried elsewhere yet.
+        """
         engine, kind = self.product.engine, self.product.kind
         engine.keys.check_process()
+        engine.settle()
         with engine.stats.timed("mask"):
             engine.warn_if_not_finite(self.product.name, g)
             encoded = self.encoded.encode_gradient(
@@ -306,10 +368,7 @@ class Call:
             engine.stats.flops_offloaded += len(wants) * flops(kind, shape_x, shape_w)
         self._confirm()
 
-        def weight_gradients() -> list[Tensor]:
-            with batch.replies("dw") as replies:
-                return encoded.decode_weight_gradient(replies, self.sizes)
-
+        dw = WeightGradients(self, batch, encoded, g, saved) if want_dw else None
         dx = None
         if want_dx:
             with batch.replies("dx") as replies:
@@ -318,53 +377,10 @@ class Call:
             for operand in encoded.operands:
                 plain = {"g": _part(g, operand)} | ({} if dx is None else {"dx": dx[operand.rows]})
                 engine.truth.record(batch.posted[operand.worker], "backward", plain)
-        return dx, weight_gradients if want_dw else None
+        return dx, dw
 
 
 def _part(tensor: Tensor, operand: Operand) -> Tensor:
     """The rows and output features of ``tensor`` that ``operand`` stands for."""
     part = tensor[operand.rows]
     return part if operand.columns is None else part.index_select(1, operand.columns)
-
-
-_PROBES: dict[tuple[int, torch.dtype], Tensor] = {}
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-
-
-class Fingerprint:
-    """Tells whether a weight may have changed since it was last masked.
-
-    Version counters miss writes through ``.data``, so contents are compared as well: a product with a fixed vector
-    (notices anything moved) and the exact sum of the bit patterns (notices any single change). A false alarm only
-    costs a fresh mask.
-    """
-
-    def __init__(self, w: Tensor) -> None:
-        w = w.detach()
-        flat = w.reshape(len(w), -1)
-        key = (flat.shape[1], w.dtype)
-        # Half precisions would round away what moved.
-        dtype = torch.promote_types(w.dtype, torch.float32)
-        if key not in _PROBES:
-            _PROBES[key] = torch.linspace(1, 2, flat.shape[1], dtype=torch.float64).sin().to(dtype)
-        self._facts = (-1 if w.is_inference() else w._version, tuple(w.shape), w.dtype)
-        self._moved = torch.mv(flat.to(dtype), _PROBES[key])
-        self._sum = _sum_of_bits(flat)
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Fingerprint)
-            and self._facts == other._facts
-            and self._sum == other._sum
-            and torch.equal(self._moved, other._moved)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _sum_of_bits(flat: Tensor) -> int:
-    """The bit patterns of a matrix, summed as integers modulo 2^64; four times as fast in words of eight bytes."""
-    rows = flat if flat.is_contiguous() else flat.t()
-    if rows.is_contiguous() and (rows.shape[1] * rows.element_size()) % 8 == 0:
-        return int(rows.view(torch.int64).sum())
-    return int(flat.view(_BITS[flat.element_size()]).sum())

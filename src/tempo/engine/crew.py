@@ -1,0 +1,123 @@
+"""The workers of a session that still take part, and what became of the others."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tempo.engine.link import Link
+from tempo.errors import ProtectionWarning, SchemeError, WorkerError, WorkerLiedError
+from tempo.schemes.base import Scheme, Target
+
+log = logging.getLogger("tempo")
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """A worker that left a session: its address, the step, and the error that says why."""
+
+    address: str
+    step: int
+    error: WorkerError
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.error}"
+
+
+class Crew:
+    """Who takes part, with which share of the rows.
+
+    Args:
+        links: All workers of the session; their order is their numbering.
+        shares: Of the rows, by the same numbers.
+    """
+
+    def __init__(self, links: Sequence[Link], shares: Sequence[float]) -> None:
+        self.links = list(links)
+        self.shares = list(shares)
+        self.incidents: list[Incident] = []
+        self._gone: set[int] = set()
+
+    @property
+    def present(self) -> list[int]:
+        """Numbers of the workers that take part."""
+        return [number for number in range(len(self.links)) if number not in self._gone]
+
+    def share(self, number: int) -> float:
+        """Of the rows, for the worker with this number; 0 for one that left."""
+        return self.shares[number] / sum(self.shares[i] for i in self.present) if number not in self._gone else 0.0
+
+    def check(self, scheme: Scheme) -> None:
+        """Raise `SchemeError` if ``scheme`` does not work with these workers."""
+        traits = scheme.traits
+        operators = {self.links[number].address.operator for number in self.present}
+        if len(self.present) < traits.min_workers:
+            raise SchemeError(f"scheme {scheme.name!r} needs {traits.min_workers} workers; {len(self.present)} given")
+        if traits.distinct_operators and len(operators) < len(self.present):
+            raise SchemeError(f"scheme {scheme.name!r} needs workers of distinct operators (host:port@operator)")
+
+    def targets(self, number: int, rows: int, whole: bool, operators: int = 1) -> list[Target]:
+        """Which workers take part in a product, and with which share of its rows.
+
+        Args:
+            number: Of the product; spreads small ones over the workers.
+            rows: Of its input.
+            whole: Whether rows are not worth dividing.
+            operators: How many distinct operators its scheme divides it over, where there are that many.
+        """
+        if not self.present:
+            last = self.incidents[-1].error
+            raise type(last)(f"no worker is left: {last}; connect to others")
+        everyone = [Target(i, self.links[i].address.operator, self.shares[i]) for i in self.present]
+        parties = list(dict.fromkeys(target.operator for target in everyone))
+        if operators > 1 and len(parties) > 1:
+            chosen = [parties[(number + i) % len(parties)] for i in range(min(operators, len(parties)))]
+            teams = [[target for target in everyone if target.operator == operator] for operator in chosen]
+        else:
+            teams = [everyone]
+        whole = whole or any(rows < len(team) for team in teams)
+        return [target for team in teams for target in ([team[number % len(team)]] if whole else team)]
+
+    def dismiss(self, error: WorkerError, step: int) -> None:
+        """Go on without the worker that ``error`` is about, so that what failed can be done again by the others.
+
+        A worker that lied takes all workers of its operator with it.
+
+        Args:
+            error: What went wrong.
+            step: When, for the record.
+
+        Raises:
+            WorkerError: ``error`` itself, where nobody would be left; only a liar is dismissed all the same.
+        """
+        if error.worker is None:
+            raise error
+        if error.worker in self._gone:
+            return
+        operator = self.links[error.worker].address.operator
+        lied = isinstance(error, WorkerLiedError)
+        leaving = [
+            number
+            for number in self.present
+            if number == error.worker or (lied and self.links[number].address.operator == operator)
+        ]
+        rest = [number for number in self.present if number not in leaving]
+        if not rest and not lied:
+            raise error  # a worker that is out of memory, say, may have enough for the next batch
+        operators = {self.links[number].address.operator for number in self.present}
+        self.incidents.append(Incident(str(self.links[error.worker].address), step, error))
+        self._gone.update(leaving)
+        for number in leaving:
+            self.links[number].close()
+        if not rest:
+            raise error
+        left = ", ".join(str(self.links[number].address) for number in rest)
+        log.error("%s; going on without it%s, with: %s", error, " and its operator" if lied else "", left)
+        if len(operators) > 1 and len({self.links[number].address.operator for number in rest}) == 1:
+            warnings.warn(
+                "workers of a single operator are left: schemes that divide a layer over two operators do not any more",
+                ProtectionWarning,
+                stacklevel=2,
+            )
