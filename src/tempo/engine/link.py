@@ -126,10 +126,11 @@ class Link:
         self._timeout = settings.request_timeout
         self._shared = isinstance(stream, SocketStream) and stream.is_unix and "shm" in self.welcome.capabilities
         # Two pools, so that what comes back never lies where this side wrote something.
-        self._outgoing: BlockPool = SharedPool(self._segments) if self._shared else PrivatePool()
-        self._incoming: BlockPool = SharedPool(self._segments) if self._shared else PrivatePool()
+        self._outgoing: BlockPool = SharedPool(self._segments, answers=False) if self._shared else PrivatePool()
+        self._incoming: BlockPool = SharedPool(self._segments, answers=True) if self._shared else PrivatePool()
+        self._private = PrivatePool()
         self._lent: dict[int, Block] = {}  # send buffers by address
-        self._replies: dict[int, Block] = {}  # replies by address
+        self._replies: dict[int, tuple[BlockPool, Block]] = {}  # replies by address
         self._receiver = threading.Thread(target=self._receive_all, name=f"tempo {address}", daemon=True)
         self._receiver.start()
 
@@ -199,12 +200,23 @@ class Link:
             self._send(_Pending(message, sent, due, acknowledged, time.monotonic()), payload)
         return futures if acknowledged is None else {ACKNOWLEDGED: acknowledged}
 
+    def own(self, reply: Tensor) -> Tensor:
+        """The reply where its worker cannot change it any more: itself, or a copy out of shared memory."""
+        if not self._shared or not reply.numel():
+            return reply
+        block, copy = _take(self._private, tuple(reply.shape), reply.dtype)
+        copy.copy_(reply)
+        self.release(reply)
+        self._replies[copy.data_ptr()] = self._private, block
+        return copy
+
     def release(self, tensor: Tensor) -> None:
         """Give a reply (or an unused send buffer) back; the caller must not touch it any more."""
-        if block := self._replies.pop(tensor.data_ptr(), None):
-            self._incoming.give(block)
-        elif block := self._lent.pop(tensor.data_ptr(), None):
-            self._outgoing.give(block)
+        if reply := self._replies.pop(tensor.data_ptr(), None):
+            pool, block = reply
+            pool.give(block)
+        elif lent := self._lent.pop(tensor.data_ptr(), None):
+            self._outgoing.give(lent)
 
     def forget(self, weights: Iterable[int] = (), operands: Iterable[int] = ()) -> None:
         """Let the worker drop these, before the next request. Only takes note, so finalizers may call it."""
@@ -337,7 +349,7 @@ class Link:
         if want is not None:
             self.bytes_received += size_of(want.ref)
             if want.tensor.numel():
-                self._replies[want.tensor.data_ptr()] = want.block
+                self._replies[want.tensor.data_ptr()] = self._incoming, want.block
             else:
                 self._incoming.give(want.block)
             want.future.set_result(want.tensor)

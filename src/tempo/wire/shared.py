@@ -3,7 +3,9 @@
 The trusted side creates every segment and decides where each tensor lies, its own and the answers; the worker only
 maps, after checking. Nothing is left behind when either side is killed, since a memfd has no name.
 
-A worker can write to all of a segment at any time. Whoever must not be fooled reads a reply once, or copies it first.
+Segments for what this side sends are sealed against writing by anyone else: what was masked, and what checks were made
+of, stays what it was. Segments for answers cannot be: a worker can write to all of them at any time, so whoever must
+not be fooled reads an answer once, or copies it first (`tempo.engine.link.Link.own`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import fcntl
 import mmap
 import os
 import threading
+import warnings
 from dataclasses import dataclass
 from typing import final
 
@@ -29,6 +32,8 @@ SEGMENT_LIMIT = 4096
 """Most segments of one connection."""
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_SEAL_FUTURE_WRITE = 0x10
+"""Of Linux 5.1; in Python's `fcntl` from 3.13 on. Mappings made before it stay writable, later ones cannot be."""
 
 
 @final
@@ -50,14 +55,16 @@ class Segments:
         self._sizes: list[int] = []
         self._new: list[NewSegment] = []
 
-    def create(self, size: int) -> tuple[int, mmap.mmap]:
-        """Create and map a segment; `drain` hands out its descriptor for the worker."""
+    def create(self, size: int, *, answers: bool) -> tuple[int, mmap.mmap]:
+        """Create and map a segment; the worker, which `drain` lets see it, may write to it if ``answers``."""
         size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         fd = os.memfd_create("tempo", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             memory = mmap.mmap(fd, size)
+            if not answers:
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
         except BaseException:
             os.close(fd)
             raise
@@ -87,11 +94,12 @@ class Segments:
 
 @final
 class SharedPool(BlockPool):
-    """Blocks of shared memory, cut from segments."""
+    """Blocks of shared memory, cut from segments: for what is sent, or for ``answers``."""
 
-    def __init__(self, segments: Segments) -> None:
+    def __init__(self, segments: Segments, *, answers: bool) -> None:
         super().__init__()
         self._segments = segments
+        self._answers = answers
         self._growth = threading.Lock()
         self._memory: mmap.mmap | None = None
         self._number, self._used, self._size = -1, 0, 0
@@ -100,7 +108,7 @@ class SharedPool(BlockPool):
         with self._growth:
             if self._memory is None or self._used + size > self._size:
                 # What is left of the old segment was never touched, so it costs no memory.
-                self._number, self._memory = self._segments.create(max(SEGMENT, size))
+                self._number, self._memory = self._segments.create(max(SEGMENT, size), answers=self._answers)
                 self._used, self._size = 0, len(self._memory)
             block = Block(self._memory, size, self._number, self._used)
             self._used += size
@@ -113,6 +121,11 @@ class MappedSegments:
 
     def __init__(self) -> None:
         self._memory: list[mmap.mmap] = []
+        self._writable: list[bool] = []
+
+    def writable(self, number: int) -> bool:
+        """Whether segment ``number`` is one for answers; writing to another would kill this process."""
+        return number < len(self._writable) and self._writable[number]
 
     def size(self, number: int) -> int:
         """Bytes of segment ``number``; 0 if it was never announced."""
@@ -128,15 +141,19 @@ class MappedSegments:
             if number != len(self._memory) or number >= SEGMENT_LIMIT:
                 raise ProtocolError(f"segment {number} announced where {len(self._memory)} was due")
             try:
-                sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+                seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
             except OSError:
-                sealed = 0
-            if not sealed:  # else it could be truncated under us, and reading it would kill this process
+                seals = 0
+            if not seals & fcntl.F_SEAL_SHRINK:  # else it could be truncated under us, and reading it would kill us
                 raise ProtocolError(f"segment {number} is not a memfd sealed against shrinking")
             if not 0 < size == os.fstat(fd).st_size:
                 raise ProtocolError(f"segment {number} is {os.fstat(fd).st_size} bytes, announced as {size}")
+            writable = not seals & (_SEAL_FUTURE_WRITE | fcntl.F_SEAL_WRITE)
+            if not writable:  # PyTorch's remark on tensors over such memory; ours are only read
+                warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
             try:
-                self._memory.append(mmap.mmap(fd, size))
+                self._memory.append(mmap.mmap(fd, size, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ))
+                self._writable.append(writable)
             except (OSError, ValueError) as error:
                 raise ProtocolError(f"segment {number} cannot be mapped: {error}") from error
         finally:

@@ -109,6 +109,8 @@ class Executor:
 
     def _destination(self, ref: TensorRef, blocks: ExitStack) -> Tensor:
         if ref.segment >= 0 and self._segments is not None:
+            if not self._segments.writable(ref.segment):
+                raise Refusal("bad-request", f"answer {ref.name!r} is wanted in segment {ref.segment}, which is sealed")
             return self._segments.tensor(ref)
         block = self._account.answers.take(size_of(ref))
         blocks.callback(self._account.answers.give, block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import mmap
 import os
 from collections.abc import Callable
 
@@ -37,7 +38,7 @@ def test_rounding_wastes_at_most_a_quarter(size: int) -> None:
 @given(st.lists(st.integers(0, 1 << 14), max_size=30))
 def test_blocks_in_use_never_overlap(sizes: list[int]) -> None:
     made = Segments()
-    pool = SharedPool(made)
+    pool = SharedPool(made, answers=True)
     blocks = [pool.take(size) for size in sizes]
     ranges = sorted((block.segment, block.offset, block.offset + block.size) for block in blocks)
     for (segment, _, end), (other, start, _) in itertools.pairwise(ranges):
@@ -46,7 +47,7 @@ def test_blocks_in_use_never_overlap(sizes: list[int]) -> None:
     made.close()
 
 
-@pytest.mark.parametrize("make", [PrivatePool, lambda: SharedPool(Segments())])
+@pytest.mark.parametrize("make", [PrivatePool, lambda: SharedPool(Segments(), answers=False)])
 def test_steady_state_takes_nothing_new(make: Callable[[], BlockPool]) -> None:
     pool, sizes = make(), [100, 5000, 70_000, 100]
 
@@ -61,7 +62,7 @@ def test_steady_state_takes_nothing_new(make: Callable[[], BlockPool]) -> None:
 
 
 def test_a_large_tensor_gets_a_segment_of_its_own(segments: Segments) -> None:
-    pool = SharedPool(segments)
+    pool = SharedPool(segments, answers=True)
     small, large = pool.take(64), pool.take(SEGMENT + 1)
     assert len({small.segment, large.segment}) == 2
     new = segments.drain()
@@ -71,7 +72,7 @@ def test_a_large_tensor_gets_a_segment_of_its_own(segments: Segments) -> None:
 
 
 def test_both_sides_see_the_same_memory(segments: Segments) -> None:
-    block = SharedPool(segments).take(1 << 12)
+    block = SharedPool(segments, answers=True).take(1 << 12)
     (new,) = segments.drain()
     mapped = MappedSegments()
     mapped.accept(new.number, new.size, new.fd)
@@ -79,6 +80,33 @@ def test_both_sides_see_the_same_memory(segments: Segments) -> None:
     theirs = mapped.tensor(TensorRef("x", "bfloat16", (3, 5), block.segment, block.offset))
     ours.copy_(torch.randn(3, 5))
     assert torch.equal(ours, theirs)
+
+
+def test_what_was_sent_cannot_be_changed_by_the_other_side(segments: Segments) -> None:
+    block = SharedPool(segments, answers=False).take(1 << 12)
+    (new,) = segments.drain()
+    mapped, fd = MappedSegments(), os.dup(new.fd)
+    try:
+        mapped.accept(new.number, new.size, new.fd)
+        assert not mapped.writable(0)
+        ours = block.tensor((64,), torch.float32)
+        ours.copy_(torch.arange(64.0))  # still ours to write
+        assert torch.equal(mapped.tensor(TensorRef("x", "float32", (64,), block.segment, block.offset)), ours)
+        with pytest.raises(PermissionError):  # the descriptor is all that a worker has, whatever code it runs
+            mmap.mmap(fd, new.size)
+        with pytest.raises(PermissionError):
+            os.pwrite(fd, b"x", 0)
+    finally:
+        os.close(fd)
+
+
+def test_an_answer_s_segment_can_be_written(segments: Segments) -> None:
+    SharedPool(segments, answers=True).take(1 << 12)
+    (new,) = segments.drain()
+    mapped = MappedSegments()
+    mapped.accept(new.number, new.size, new.fd)
+    assert mapped.writable(0)
+    assert not mapped.writable(1)
 
 
 def memfd(size: int, seals: int = SEALS) -> int:

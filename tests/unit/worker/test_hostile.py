@@ -164,6 +164,23 @@ def test_a_bad_segment_ends_its_connection_only(
     assert "segment 0" in last.message or "segment 1" in last.message
 
 
+def test_an_answer_in_memory_that_only_we_may_write_is_refused(shared_worker: tuple[InProcess, Link]) -> None:
+    future_write = 0x10
+    fd = memfd(4096, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | future_write)
+    shared = [replace(ref, segment=0) for ref in (W, *FORWARD.tensors, *FORWARD.wants)]
+    store, forward = replace(STORE, tensors=(shared[0],)), replace(FORWARD, tensors=(shared[1],), wants=(shared[2],))
+    data, answers = b"".join(map(encode, (HELLO, Segment(0, 4096), store, forward))), bytearray()
+    with shared_worker[0].socket() as sock:
+        sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+        os.close(fd)
+        sock.settimeout(20)
+        while b"which is sealed" not in answers:
+            chunk = sock.recv(1 << 16)
+            assert chunk, "the worker hung up"
+            answers += chunk
+    use(shared_worker[1])
+
+
 def test_uninvited_descriptors_are_closed(shared_worker: tuple[InProcess, Link]) -> None:
     fds = tuple(memfd(4096) for _ in range(8))
     before = len(os.listdir("/proc/self/fd"))
