@@ -71,6 +71,8 @@ class TorchCompute(Compute):
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.on_host = device.type == "cpu"
+        if not self.on_host:
+            _forbid_coarse_sums()
         name = "" if self.on_host else f" ({torch.cuda.get_device_name(device)})"
         self.description = f"{device}{name}"
 
@@ -97,7 +99,7 @@ class TorchCompute(Compute):
 
     def forward(self, product: Product, x: Tensor, w: Tensor, out: Tensor) -> None:
         """``x wᵀ``, or the convolution."""
-        x, w = self._operands(x, w)
+        x, w = self._operands(product, x, w)
         if isinstance(product, Linear):
             self._multiply(x, w.t(), out)
         else:
@@ -105,7 +107,7 @@ class TorchCompute(Compute):
 
     def input_gradient(self, product: Product, g: Tensor, w: Tensor, out: Tensor) -> None:
         """``g w``, or the convolution's."""
-        g, w = self._operands(g, w)
+        g, w = self._operands(product, g, w)
         if isinstance(product, Linear):
             self._multiply(g, w, out)
         else:
@@ -114,7 +116,7 @@ class TorchCompute(Compute):
 
     def weight_gradient(self, product: Product, g: Tensor, x: Tensor, out: Tensor) -> None:
         """``gᵀ x``, or the convolution's."""
-        g, x = self._operands(g, x)
+        g, x = self._operands(product, g, x)
         if isinstance(product, Linear):
             self._multiply(g.t(), x, out)
         else:
@@ -132,8 +134,11 @@ class TorchCompute(Compute):
         """Zeros."""
         out.zero_()
 
-    def _operands(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def _operands(self, product: Product, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(a.dtype, b.dtype)
+        if self.on_host and isinstance(product, Conv):
+            # On CPUs without such arithmetic, torch rounds gradients of half precision at every tap and image.
+            dtype = torch.promote_types(dtype, torch.float32)
         return a.to(self.device, dtype), b.to(self.device, dtype)
 
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -141,6 +146,17 @@ class TorchCompute(Compute):
             torch.mm(a, b, out=out)
         else:
             out.copy_(torch.mm(a, b))
+
+
+def _forbid_coarse_sums() -> None:
+    """Have CUDA keep float32 as it is, and the sums of half precision in float32, until they are rounded once.
+
+    Otherwise an honest answer may differ from what it should be by more than checks of answers tolerate.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def output_shape(product: Product, x: Shape, w: Shape) -> Shape:
