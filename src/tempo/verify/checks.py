@@ -1,0 +1,209 @@
+"""Checks of the answers to one worker: made from what is sent, before it is sent; used on what comes back.
+
+    WeightCheck(product, w~, key)          a = w~ᵀ r, b = w~ v                      r, v secret, kept with the weight
+      .forward(x~, key) -> InputCheck      c = x~ a, q = x~ z                       z secret, drawn for this call
+        .output(y~)                        y~ r = c ?
+        .backward(g~) -> GradientCheck     c = g~ b, and g~ᵀ q
+          .input_gradient(dx~)             dx~ v = c ?
+          .weight_gradient(dw~)            dw~ z = g~ᵀ q ?
+
+All on masked tensors exactly as sent and received, so it is the same for every scheme; every worker has checks of its
+own. A convolution is the same, with pixels as rows: `tempo.verify.forms`. Tolerances: `tempo.verify.tolerance`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, prod
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from tempo.keys import Key
+from tempo.schemes.haar import gaussians
+from tempo.schemes.operators import work_dtype
+from tempo.verify.forms import Sums, form
+from tempo.verify.tolerance import error_norm, threshold
+from tempo.wire.messages import Product
+
+VECTORS: Final = 4
+"""Secret vectors per check: the chance that a large lie passes falls with this power of its size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """What a check found in the worst row of an answer.
+
+    Attributes:
+        ratio: Residual over tolerance; infinite where the answer is not finite although it has to be.
+        row: That row: (row) of a matrix, (image, group, pixel) of a convolution, (group, feature) of its ``dw``.
+        residual: Length of the differences of the row's sums.
+        tolerance: What it may be.
+        rows: Rows in the answer.
+        unchecked: Rows among them that could not be checked: an operand is not finite there, or the product may be
+            larger than the answer's dtype can hold, and the answer is not finite either.
+    """
+
+    ratio: float = 0.0
+    row: tuple[int, ...] = ()
+    residual: float = 0.0
+    tolerance: float = 0.0
+    rows: int = 0
+    unchecked: int = 0
+
+    @property
+    def passed(self) -> bool:
+        """Whether the answer may be used."""
+        return self.ratio <= 1
+
+
+class WeightCheck:
+    """What is kept of a masked weight to check products with it.
+
+    Args:
+        product: What the worker computes.
+        w_masked: The weight as sent, (m, d) or (m, d/groups, …).
+        key: Fresh, and of this weight and worker alone: nothing else draws from its streams ``r`` and ``v``.
+        vectors: How many secret vectors.
+    """
+
+    def __init__(self, product: Product, w_masked: Tensor, key: Key, vectors: int = VECTORS) -> None:
+        self.vectors = vectors
+        self.dtype = w_masked.dtype
+        self.shape = tuple(w_masked.shape)
+        work = work_dtype(w_masked)
+        self.form = form(product, work)
+        groups = self.form.groups
+        self.r = _draw(key, "r", (groups, vectors, self.shape[0] // groups), work)
+        self.v = _draw(key, "v", (groups, vectors, self.shape[1]), work)
+        self.from_outputs = self.form.seen_from_outputs(w_masked, self.r)
+        self.from_inputs = self.form.seen_from_inputs(w_masked, self.v)
+        self.length = self.form.length(w_masked)
+
+    def forward(self, x_masked: Tensor, key: Key, *, keep: bool, want_y: bool = True) -> InputCheck:
+        """What is kept of an input ``x~``, (T, d) or (N, d, …), about to be multiplied by the weight.
+
+        Args:
+            x_masked: As sent.
+            key: Fresh, and of this call and worker alone: nothing else draws from its stream ``z``.
+            keep: Whether a weight gradient may follow.
+            want_y: Whether an output will come.
+        """
+        return InputCheck(self, x_masked, key, keep=keep, want_y=want_y)
+
+
+class InputCheck:
+    """What is kept of a masked input; see `WeightCheck.forward`."""
+
+    def __init__(self, weight: WeightCheck, x_masked: Tensor, key: Key, *, keep: bool, want_y: bool) -> None:
+        self.weight = weight
+        self.dtype = x_masked.dtype
+        self.shape = tuple(x_masked.shape)
+        self.z: Tensor | None = None
+        self.q: Tensor | None = None
+        self.y: Sums | None = None
+        kernels = []
+        if want_y:
+            kernels.append(weight.from_outputs)
+        if keep:
+            self.z = _draw(key, "z", (weight.form.groups, weight.vectors, prod(weight.shape[1:])), weight.r.dtype)
+            kernels.append(weight.form.as_kernel(self.z, weight.shape))
+        if kernels:
+            sums, of_rows, self.length = weight.form.inputs(x_masked, kernels)
+            if want_y:
+                self.y = Sums(sums[0], of_rows)
+            if keep:
+                self.q = sums[-1]
+
+    def output(self, y_masked: Tensor) -> Residual:
+        """Check ``y~``."""
+        weight = self.weight
+        if self.y is None:
+            raise ValueError("no output was announced for this input")
+        expected, self.y = self.y, None
+        scale = expected.lengths * weight.length
+        inner, width = prod(weight.shape[1:]), weight.r.shape[2]
+        through = _coarsest(torch.promote_types(self.dtype, weight.dtype), y_masked.dtype)
+        found = weight.form.rows(y_masked, weight.r, lengths=through != weight.r.dtype)
+        return _compare(expected.sums, found, scale, 2 * (inner + width), through, y_masked.dtype, width)
+
+    def backward(self, g_masked: Tensor, *, want_dx: bool, want_dw: bool) -> GradientCheck:
+        """What is kept of a gradient ``g~`` of the output, about to be sent; same shape as ``y~``.
+
+        Args:
+            g_masked: As sent.
+            want_dx: Whether ``dx~`` will come.
+            want_dw: Whether ``dw~`` will come; the input was announced with ``keep``.
+        """
+        return GradientCheck(self, g_masked, want_dx=want_dx, want_dw=want_dw)
+
+
+class GradientCheck:
+    """What is kept of a masked gradient; see `InputCheck.backward`."""
+
+    def __init__(self, source: InputCheck, g_masked: Tensor, *, want_dx: bool, want_dw: bool) -> None:
+        if want_dw and source.q is None:
+            raise ValueError("a weight gradient needs an input that was announced with keep=True")
+        self.source = source
+        self.dtype = g_masked.dtype
+        self.count = g_masked.numel() // max(1, g_masked.shape[1])
+        kernel = source.weight.from_inputs if want_dx else None
+        q = source.q if want_dw else None
+        self.dx, self.dw = source.weight.form.gradients(g_masked, kernel, q, source.shape)
+
+    def input_gradient(self, dx_masked: Tensor) -> Residual:
+        """Check ``dx~``."""
+        weight = self.source.weight
+        if self.dx is None:
+            raise ValueError("no input gradient was announced")
+        scale = self.dx.lengths * weight.length
+        inner, width = weight.r.shape[2] * prod(weight.shape[2:]), weight.shape[1]
+        through = _coarsest(torch.promote_types(self.dtype, weight.dtype), dx_masked.dtype)
+        found = weight.form.rows(dx_masked, weight.v, lengths=through != weight.v.dtype)
+        return _compare(self.dx.sums, found, scale, 2 * (inner + width), through, dx_masked.dtype, width)
+
+    def weight_gradient(self, dw_masked: Tensor) -> Residual:
+        """Check ``dw~``."""
+        source = self.source
+        if self.dw is None or source.z is None:
+            raise ValueError("no weight gradient was announced")
+        scale = self.dw.lengths * source.length
+        width = source.z.shape[2]
+        through = _coarsest(torch.promote_types(self.dtype, source.dtype), dw_masked.dtype)
+        found = source.weight.form.features(dw_masked, source.z, lengths=through != source.z.dtype)
+        return _compare(self.dw.sums, found, scale, 2 * (self.count + width), through, dw_masked.dtype, width)
+
+
+def _draw(key: Key, use: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    return gaussians(key.stream(use), prod(shape)).view(shape).to(dtype)
+
+
+def _coarsest(computed: torch.dtype, answered: torch.dtype) -> torch.dtype:
+    """Workers round once into the dtype they compute in, and then into the answer's."""
+    return max(computed, answered, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _compare(
+    expected: Tensor, found: Sums, scale: Tensor, steps: int, through: torch.dtype, answered: torch.dtype, width: int
+) -> Residual:
+    """The worst row; arguments as those of `error_norm`."""
+    work = expected.dtype
+    residual: Tensor = torch.linalg.vector_norm((found.sums - expected).double(), dim=-2)
+    if residual.numel() == 0:
+        return Residual()
+    tolerance = threshold(expected.shape[-2]) * error_norm(scale, found.lengths, steps, work, through, width)
+    ratio = residual / tolerance
+    # No element exceeds the scale, and no sum a few times as much: 64 are more than Gaussians ever make of it.
+    bounded = scale < min(torch.finfo(answered).max, torch.finfo(work).max / 64)
+    lost = ~(torch.isfinite(residual) & torch.isfinite(tolerance))
+    ratio = ratio.masked_fill_(lost, inf).masked_fill_(lost & ~bounded, 0.0)
+    worst = int(ratio.argmax())
+    return Residual(
+        float(ratio.view(-1)[worst]),
+        tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), ratio.shape)),
+        float(residual.reshape(-1)[worst]),
+        float(tolerance.expand_as(ratio).reshape(-1)[worst]),
+        residual.numel(),
+        int((lost & ~bounded).sum()),
+    )

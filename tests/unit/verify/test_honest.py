@@ -1,0 +1,132 @@
+"""Honest answers pass, whatever is multiplied."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from answering import ANSWERS, DTYPES, KINDS, LINEAR, Exchange, exchange, exchanges, rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tempo.wire.messages import Conv, Linear
+
+
+@settings(max_examples=150, deadline=None)
+@given(exchanges())
+def test_honest_answers_pass(sent: Exchange):
+    for name, found in sent.judge(**sent.answers).items():
+        assert found.passed, (name, found)
+        assert found.unchecked == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_is_checked(kind):
+    sent = exchange(*KINDS[kind])
+    groups = getattr(sent.product, "groups", 1)
+    for name, found in sent.judge(**sent.answers).items():
+        assert found.rows == rows(sent.answers[name], name) * (1 if name == "dw" else groups)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(KINDS)),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    *[st.floats(-20, 20)] * 3,
+)
+def test_scale_does_not_matter(kind, dtype, x, w, g):
+    sent = exchange(*KINDS[kind], dtype).scaled(10**x, 10 ** (w if abs(x + w) < 30 else -w), 10**g)
+    if abs(g + w) > 30 or abs(g + x) > 30:
+        sent = sent.scaled(g=10**-g)
+    answers = sent.answers
+    for name, found in sent.judge(**answers).items():
+        assert found.passed, (name, found)
+        assert found.unchecked == 0
+    for name, found in sent.judge(**{name: answer * 1.5 for name, answer in answers.items()}).items():
+        assert not found.passed, (name, found)
+
+
+def shaped(kind: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Numbers that are hard on sums."""
+    z = torch.randn(shape, generator=generator)
+    return {
+        "constant": torch.full(shape, 0.1),
+        "positive": z.abs() + 3,
+        "rectified": z.relu(),
+        "sixteen decades": z * 10 ** (16 * torch.rand(shape, generator=generator) - 8),
+        "one large row": torch.cat([1e6 * z[:1], z[1:]]),
+        "one large feature": torch.cat([1e6 * z[:, :1], z[:, 1:]], 1),
+        "cancelling": z.abs()
+        * torch.where(torch.arange(shape[1]) % 2 == 0, 1.0, -1.0).view(-1, *[1] * (len(shape) - 2)),
+    }[kind]
+
+
+HARD = ["constant", "positive", "rectified", "sixteen decades", "one large row", "one large feature", "cancelling"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", HARD)
+def test_numbers_that_are_hard_on_sums(kind, dtype):
+    generator = torch.Generator().manual_seed(0)
+    for product, x, w in (*KINDS.values(), (Linear(), (200, 1500), (30, 1500))):
+        sent = exchange(product, x, w)
+        parts = [shaped(kind, t.shape, generator) for t in (sent.x, sent.w, sent.g)]
+        if dtype == torch.float16 and ("large" in kind or "decades" in kind):
+            parts = [part * 1e-4 for part in parts]  # what fits its range; most of it is subnormal
+        sent = Exchange(product, *(part.to(dtype) for part in parts))
+        for name, found in sent.judge(**sent.answers).items():
+            assert found.passed, (name, product, found)
+
+
+def test_convolutions_as_fast_algorithms_compute_them():
+    """Sixteen images and more, one stride: where torch may choose Winograd's or Fourier's algorithm."""
+    product = Conv((1, 1), (1, 1), (1, 1), 1)
+    sent = exchange(product, (20, 16, 16, 16), (16, 16, 3, 3))
+    sent.x[:, :, 4:12] = 0  # pixels without anything to sum, beside others
+    for name, found in sent.judge(**sent.answers).items():
+        assert found.passed, (name, found)
+
+
+@pytest.mark.parametrize("shapes", [((0, 5), (3, 5)), ((0, 4, 6, 6), (2, 4, 3, 3))], ids=["linear", "convolution"])
+def test_no_rows(shapes):
+    product = Linear() if len(shapes[0]) == 2 else Conv((1, 1), (0, 0), (1, 1), 1)
+    sent = exchange(product, *shapes)
+    found = sent.judge(**sent.answers)
+    assert found["y"].rows == found["dx"].rows == 0
+    assert all(residual.passed for residual in found.values())
+    lie = torch.full_like(sent.w, 1e-20)
+    assert not sent.judge(dw=lie)["dw"].passed  # of no rows, a weight gradient is zero
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_have_no_tolerance(kind, dtype):
+    sent = exchange(*KINDS[kind], dtype)
+    for operand, touched in (("x", ["y", "dw"]), ("w", ["y", "dx"]), ("g", ["dx", "dw"])):
+        zero = Exchange(sent.product, **{n: getattr(sent, n) * (n != operand) for n in ("x", "w", "g")})
+        answers = zero.answers
+        assert all(found.passed for found in zero.judge(**answers).values())
+        for name in touched:
+            lie = answers[name].clone()
+            lie.view(-1)[-1] = 1e-3
+            assert not zero.judge(**{name: lie})[name].passed
+
+
+def test_a_zero_row_among_others_has_no_tolerance():
+    sent = exchange(*LINEAR)
+    sent.x[7] = 0
+    sent.g[9] = 0
+    for name, row in (("y", 7), ("dx", 9)):
+        lie = sent.answers[name]
+        lie[row, 3] = 1e-12
+        found = sent.judge(**{name: lie})[name]
+        assert not found.passed
+        assert found.row == (row,)
+
+
+def test_answers_may_travel_in_another_dtype():
+    for operands, travels in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        sent = exchange(*LINEAR, operands)
+        answers = {name: answer.to(travels) for name, answer in sent.answers.items()}
+        assert all(found.passed for found in sent.judge(**answers).values())
+        assert set(answers) == set(ANSWERS)
