@@ -209,6 +209,10 @@ class Session:
                 f"{self.settings.insecure_record_truth!r}",
                 ProtectionWarning,
             )
+        if self.settings.verify != "always":
+            sampled = "finds faults, not liars: a wrong answer that is not in the sample is used, and sent on"
+            told = "workers' answers are used as they are" if self.settings.verify == "off" else sampled
+            self._engine.warn_once(f"verify={self.settings.verify!r}: {told}", ProtectionWarning)
         applies = conditions(model, found)
         for condition, message in scheme.traits.known_breaks.items():
             if condition in applies:

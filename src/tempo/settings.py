@@ -36,6 +36,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     wire_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What masked tensors travel as; ``auto`` follows the layer's compute dtype (float16 travels as float32)."""
 
+    verify: Annotated[str, Meta(pattern=r"^(off|always|sample:(0(\.[0-9]+)?|1(\.0+)?))$")] = "always"
+    """Which answers of workers are checked: ``always`` all; ``sample:P`` a share P, which finds faults and no liar;
+    ``off`` none."""
+
     divide_flops: Annotated[int, Meta(ge=1)] = 1 << 27
     """Products below this many FLOPs go whole to one worker: dividing them costs more round trips than it saves."""
 

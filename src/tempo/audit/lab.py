@@ -158,9 +158,9 @@ def open_lab(
         operators: Of how many operators they are, in turn.
         settings: A whole settings object, instead of ``fields``.
         masks: A scheme of the caller's own, weakened for a control say, instead of the settings'.
-        fields: Fields of `Settings`; ``placement="all"`` unless given.
+        fields: Fields of `Settings`; ``placement="all"`` and ``verify="off"`` unless given.
     """
-    settings = settings or parse({"placement": "all", **fields}, "open_lab()")
+    settings = settings or parse({"placement": "all", "verify": "off", **fields}, "open_lab()")
     last = 0
 
     def sequence() -> int:

@@ -56,6 +56,7 @@ def _table(results: list[Measurement]) -> Table:
         "protected step, a real worker on this machine": lambda r: f"{r.protected_step:.3f} s",
         "trusted side alone (null worker)": lambda r: f"{r.trusted_step:.3f} s",
         "  masks and keys": lambda r: f"{r.mask_seconds:.3f} s",
+        "  checks of answers": lambda r: f"{r.verify_seconds:.3f} s",
         "  wire": lambda r: f"{r.wire_seconds:.3f} s",
         "  trusted layers, optimizer, rest": lambda r: f"{r.other_seconds:.3f} s",
         "trusted_speedup (bound of an infinitely fast GPU)": lambda r: f"{r.trusted_speedup:.2f}",

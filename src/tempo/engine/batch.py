@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from tempo.errors import WorkerError, WorkerLostError
 from tempo.schemes.base import Operand
+from tempo.verify.checks import Residual
 from tempo.wire.messages import Backward, Forward, Store
 
 if TYPE_CHECKING:
     from tempo.engine.engine import Engine
 
+Check = Callable[[Tensor], Residual]
 Wants = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -42,12 +44,21 @@ class Batch:
         self.name = name
         self.layer = layer
         self.posted: dict[int, Posted] = {}
+        self._checks: dict[tuple[str, int], Check] = {}
+        self._failed: dict[str, WorkerError] = {}
         self._futures: dict[str, dict[int, Future[Any]]] = {}
         # A gradient may never be asked for; its buffer is then given back with the next batch.
         weakref.finalize(self, engine.abandoned.append, self._futures)
 
-    def post(self, send: Operand, message: type[Store | Forward | Backward], wants: Wants, **fields: Any) -> None:
-        """Send ``message`` with the tensors of ``send`` to its worker, asking for ``wants``."""
+    def post(
+        self,
+        send: Operand,
+        message: type[Store | Forward | Backward],
+        wants: Wants,
+        checks: Mapping[str, Check] | None = None,
+        **fields: Any,
+    ) -> None:
+        """Send ``message`` with the tensors of ``send`` to its worker; its answers, ``wants``, must pass ``checks``."""
         engine, worker = self.engine, send.worker
         link, start = engine.links[worker], time.perf_counter()
         with self._named(worker):
@@ -57,6 +68,8 @@ class Batch:
         self.posted[worker] = Posted(worker, engine.step, link.last_id, self.layer)
         for name, future in futures.items():
             self._futures.setdefault(name, {})[worker] = future
+        for name, check in (checks or {}).items():
+            self._checks[name, worker] = check
 
     def acknowledged(self) -> None:
         """Await the workers' acknowledgements of what needs no other answer."""
@@ -73,25 +86,51 @@ class Batch:
         """The workers' answers called ``name``, to be decoded inside the context; their buffers are reused after it.
 
         Raises:
-            WorkerError: A worker failed or did not answer in time; names the layer and the worker.
+            WorkerError: A worker failed, did not answer in time, or answered something else than the product; names
+                the layer and the worker.
         """
+        engine = self.engine
+        if name in self._failed:
+            raise self._failed[name]
+        replies: dict[int, Tensor] = {}
+        try:
+            self._receive(name, replies)
+            with engine.stats.timed("mask"):
+                yield replies
+            engine.stats.decryptions[name] += 1
+        except WorkerError as error:
+            self._failed[name] = error
+            raise
+        finally:
+            for worker, tensor in replies.items():
+                engine.links[worker].release(tensor)
+
+    def _receive(self, name: str, replies: dict[int, Tensor]) -> None:
+        """Await and check the answers called ``name``; ``replies`` has what was received, even if a later one fails."""
         engine, futures = self.engine, self._futures[name]
-        start = time.perf_counter()
+        start, checking = time.perf_counter(), engine.stats.seconds["verify"]
         before = {worker: engine.links[worker].worker_nanoseconds for worker in futures}
-        replies = {}
-        for worker, future in futures.items():
+        for worker in list(futures):
             with self._named(worker):
-                replies[worker] = future.result(timeout=engine.settings.request_timeout)
-        del self._futures[name]  # not before all are there: what is left is given back with this batch
-        waited = time.perf_counter() - start
-        computing = max(engine.links[worker].worker_nanoseconds - before[worker] for worker in futures) / 1e9
+                replies[worker] = futures[worker].result(timeout=engine.settings.request_timeout)
+                del futures[worker]  # what is left when something fails is given back with this batch
+                self._check(name, worker, replies)
+        waited = time.perf_counter() - start - (engine.stats.seconds["verify"] - checking)
+        computing = (
+            max(engine.links[worker].worker_nanoseconds - nanoseconds for worker, nanoseconds in before.items()) / 1e9
+        )
         engine.stats.seconds["worker"] += min(waited, computing)
         engine.stats.seconds["wire"] += max(0.0, waited - computing)
-        with engine.stats.timed("mask"):
-            yield replies
-        engine.stats.decryptions[name] += 1
-        for worker, tensor in replies.items():
-            engine.links[worker].release(tensor)
+
+    def _check(self, name: str, worker: int, replies: dict[int, Tensor]) -> None:
+        engine, check = self.engine, self._checks.pop((name, worker), None)
+        if check is None:
+            return
+        link = engine.links[worker]
+        with engine.stats.timed("verify"):
+            replies[worker] = link.own(replies[worker])  # a worker can write to shared memory at any time
+            residual = check(replies[worker])
+        engine.verifier.judge(str(link.address), engine.step, name, replies[worker], residual)
 
     @contextmanager
     def _named(self, worker: int) -> Iterator[None]:

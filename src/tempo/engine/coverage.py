@@ -63,7 +63,7 @@ class _ProductMode(TorchDispatchMode):
 class TrustedProducts:
     """A context that records products as PyTorch dispatches them; workers' products never get that far.
 
-    Products that masks consist of are none of the model's, and not recorded.
+    Products that masks and checks consist of are none of the model's, and not recorded.
 
     Printing it gives a table by module and operation. Backward passes are attributed to the module whose forward
     they belong to.
@@ -109,7 +109,7 @@ class TrustedProducts:
             self._running.pop()
 
     def _record(self, operation: str, flops: int) -> None:
-        if "mask" in self._timed:
+        if self._timed:
             return
         module = self._running[-1]
         node = torch._C._current_autograd_node()

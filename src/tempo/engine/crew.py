@@ -38,6 +38,8 @@ class Crew:
         self.links = list(links)
         self.shares = list(shares)
         self.incidents: list[Incident] = []
+        self.lies = 0
+        """How many operators were found lying: what was masked for one of them is masked anew for the others."""
         self._gone: set[int] = set()
 
     @property
@@ -109,6 +111,7 @@ class Crew:
         operators = {self.links[number].address.operator for number in self.present}
         self.incidents.append(Incident(str(self.links[error.worker].address), step, error))
         self._gone.update(leaving)
+        self.lies += lied
         for number in leaving:
             self.links[number].close()
         if not rest:

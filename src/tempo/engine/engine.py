@@ -21,6 +21,7 @@ from tempo.engine.placement import Planner
 from tempo.engine.sharing import InputSharing
 from tempo.engine.stats import Stats
 from tempo.engine.truth import TruthRecorder
+from tempo.engine.verifier import Verifier
 from tempo.errors import SessionClosedError, WorkerError
 from tempo.keys import KeySchedule
 from tempo.schemes.base import Scheme, Target
@@ -51,6 +52,7 @@ class Engine:
         self.planner = Planner(settings.placement, self.links)
         self.crew = Crew(self.links, self.planner.shares)
         self.crew.check(scheme)
+        self.verifier = Verifier(settings.verify)
         self.sharing = InputSharing()
         self.step = 0
         self.truth = truth

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from tempo.engine.fingerprint import Fingerprint
 from tempo.engine.geometry import flops, output_shape
 from tempo.errors import NonFiniteError, WorkerError
 from tempo.schemes.base import EncodedGradient, EncodedInput, EncodedWeight, Operand, Problem, Scheme, Target
+from tempo.verify.checks import InputCheck
 from tempo.wire.messages import Backward, Forward, Store
 from tempo.wire.messages import Product as ProductKind
 
@@ -34,6 +35,8 @@ class StoredWeight:
         self.shapes_w = {operand.worker: tuple(operand.tensors["w"].shape) for operand in encoded.operands}
         self.number = engine.new_number()
         self.rows_served = 0
+        self.lies = engine.crew.lies
+        self.checks = engine.verifier.weights(engine, product.number, product.kind, encoded.operands)
         self._batch: Batch | None = engine.batch(product)
         engine.forget_after(self, self.workers, weight=self.number)
         for operand in encoded.operands:
@@ -161,6 +164,7 @@ class Product:
             and stored.dtype == weights[0].dtype
             and fingerprint == self._fingerprint
             and stored.rows_served < engine.settings.rekey_rows
+            and stored.lies == engine.crew.lies  # what a liar held is not used again
             and {target.worker for target in targets} <= set(stored.workers)
         ):
             return stored
@@ -269,6 +273,7 @@ class Call:
         self.shapes_x = {o.worker: tuple(o.tensors["x"].shape) for o in encoded.operands}
         self.operand = 0
         self.differentiated = False
+        self.checks: dict[int, InputCheck] = {}
         self._resent: Batch | None = None
         if keep:
             self.operand = product.engine.new_number()
@@ -277,11 +282,14 @@ class Call:
     def forward(self, x: Tensor) -> list[Tensor]:
         """Send ``x~``, await ``y~``, unmask. ``x`` is only for the record of the truth, if there is one."""
         engine, kind = self.product.engine, self.product.kind
+        self._prepare_checks(want_y=True)
         batch = engine.batch(self.product)
         for operand in self.encoded.operands:
             shape_x, shape_w = self.shapes_x[operand.worker], self.stored.shapes_w[operand.worker]
             wants = {"y": (output_shape(kind, shape_x, shape_w), operand.tensors["x"].dtype)}
-            batch.post(operand, Forward, wants, weight=self.stored.number, operand=self.operand, product=kind)
+            check = self.checks.get(operand.worker)
+            fields: dict[str, Any] = {"weight": self.stored.number, "operand": self.operand, "product": kind}
+            batch.post(operand, Forward, wants, {"y": check.output} if check else None, **fields)
             engine.stats.flops_offloaded += flops(kind, shape_x, shape_w)
         self.stored.confirm()
         with batch.replies("y") as replies:
@@ -291,11 +299,27 @@ class Call:
 
     def resend(self, x: Tensor) -> None:
         """Send ``x~`` to be kept, for a gradient that follows; no output is wanted."""
+        self._prepare_checks(want_y=False)
         self._resent = batch = self.product.engine.batch(self.product)
         for operand in self.encoded.operands:
-            fields = {"weight": self.stored.number, "operand": self.operand, "product": self.product.kind}
+            fields: dict[str, Any] = {
+                "weight": self.stored.number,
+                "operand": self.operand,
+                "product": self.product.kind,
+            }
             batch.post(operand, Forward, {}, **fields)
         self._record(batch, x, [])
+
+    def _prepare_checks(self, *, want_y: bool) -> None:
+        product = self.product
+        self.checks = product.engine.verifier.inputs(
+            product.engine,
+            product.number,
+            self.stored.checks,
+            self.encoded.operands,
+            keep=bool(self.operand),
+            want_y=want_y,
+        )
 
     def _record(self, batch: Batch, x: Tensor, outputs: Sequence[Tensor]) -> None:
         truth = self.product.engine.truth
@@ -355,6 +379,7 @@ class Call:
             )
         engine.stats.encryptions["g"] += 1
         engine.backward_seen()
+        checks = engine.verifier.gradients(engine, self.checks, encoded.operands, want_dx=want_dx, want_dw=want_dw)
         batch = engine.batch(self.product)
         for operand in encoded.operands:
             dtype = operand.tensors["g"].dtype
@@ -364,7 +389,10 @@ class Call:
                 wants["dx"] = (shape_x, dtype)
             if want_dw:
                 wants["dw"] = (shape_w, dtype)
-            batch.post(operand, Backward, wants, weight=self.stored.number, operand=self.operand, product=kind)
+            check = checks.get(operand.worker)
+            by_name = {"dx": check.input_gradient, "dw": check.weight_gradient} if check else {}
+            fields: dict[str, Any] = {"weight": self.stored.number, "operand": self.operand, "product": kind}
+            batch.post(operand, Backward, wants, {name: by_name[name] for name in wants if check}, **fields)
             engine.stats.flops_offloaded += len(wants) * flops(kind, shape_x, shape_w)
         self._confirm()
 

@@ -1,0 +1,93 @@
+"""Which answers are checked, by checks made of what is sent; a failed one becomes an error."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from tempo.errors import WorkerLiedError
+from tempo.schemes.base import Operand
+from tempo.verify.checks import GradientCheck, InputCheck, Residual, WeightCheck
+from tempo.wire.messages import Product
+
+if TYPE_CHECKING:
+    from tempo.engine.engine import Engine
+
+_WHAT = {"y": "output", "dx": "input gradient", "dw": "weight gradient"}
+
+
+class Verifier:
+    """Makes the checks of one session. Vectors come from its key schedule, under labels of their own.
+
+    Args:
+        policy: ``off``, ``always`` or ``sample:P``, as in the settings.
+    """
+
+    def __init__(self, policy: str) -> None:
+        kind, _, share = policy.partition(":")
+        self.share = float(share) if share else {"off": 0.0, "always": 1.0}[kind]
+
+    def chooses(self) -> bool:
+        """Whether to check this call: by a coin that workers cannot know, where only a sample is checked."""
+        return self.share == 1.0 or (self.share > 0.0 and secrets.SystemRandom().random() < self.share)
+
+    def weights(
+        self, engine: Engine, number: int, kind: Product, operands: Sequence[Operand]
+    ) -> dict[int, WeightCheck]:
+        """Checks of a weight about to be stored, by worker."""
+        if not self.share:
+            return {}
+        with engine.stats.timed("verify"):
+            fresh = partial(engine.keys.fresh, number, "verify-w")
+            return {o.worker: WeightCheck(kind, o.tensors["w"], fresh()) for o in operands}
+
+    def inputs(
+        self,
+        engine: Engine,
+        number: int,
+        weights: Mapping[int, WeightCheck],
+        operands: Sequence[Operand],
+        *,
+        keep: bool,
+        want_y: bool,
+    ) -> dict[int, InputCheck]:
+        """Checks of an input about to be sent, by worker; none if this call is not chosen."""
+        if not weights or not self.chooses():
+            return {}
+        with engine.stats.timed("verify"):
+            return {
+                o.worker: weights[o.worker].forward(
+                    o.tensors["x"], engine.keys.fresh(number, "verify-x"), keep=keep, want_y=want_y
+                )
+                for o in operands
+            }
+
+    def gradients(
+        self,
+        engine: Engine,
+        inputs: Mapping[int, InputCheck],
+        operands: Sequence[Operand],
+        *,
+        want_dx: bool,
+        want_dw: bool,
+    ) -> dict[int, GradientCheck]:
+        """Checks of a gradient about to be sent, by worker."""
+        if not inputs:
+            return {}
+        with engine.stats.timed("verify"):
+            return {
+                o.worker: inputs[o.worker].backward(o.tensors["g"], want_dx=want_dx, want_dw=want_dw) for o in operands
+            }
+
+    def judge(self, address: str, step: int, name: str, answer: Tensor, residual: Residual) -> None:
+        """Raise `WorkerLiedError` if a check failed."""
+        if not residual.passed:
+            raise WorkerLiedError(
+                f"worker {address} gave a wrong {_WHAT[name]} of shape {tuple(answer.shape)} in step {step}: row "
+                f"{residual.row} is off by {residual.ratio:.3g} times its tolerance (residual {residual.residual:.3g}, "
+                f"tolerance {residual.tolerance:.3g}); the answer was not used"
+            )
