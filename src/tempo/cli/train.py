@@ -21,6 +21,9 @@ def train(
     settings: Overrides = None,
     workers: Workers = None,
     scheme: Annotated[str | None, typer.Option(help="Masking scheme.", show_default="the recipe's")] = None,
+    verify: Annotated[
+        str | None, typer.Option(help="Check answers: always, sample:P or off.", show_default="the recipe's")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps to train.", show_default="the recipe's")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/RECIPE")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
@@ -35,6 +38,8 @@ def train(
     """Train by a recipe."""
     console = Console()
     changes = overrides(settings, workers)
+    if verify is not None:
+        changes.append(f'session.verify="{verify}"')
     if scheme is not None:
         changes.append(f"session.scheme={scheme}")
     if steps is not None:

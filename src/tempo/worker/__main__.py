@@ -33,6 +33,9 @@ def worker(
     peers: Annotated[Path | None, typer.Option(help="Certificate, or folder of them, of who may connect.")] = None,
     insecure_no_tls: Annotated[bool, typer.Option("--insecure-no-tls", help="Anyone may connect, in clear.")] = False,
     null: Annotated[bool, typer.Option("--null", help="Compute nothing; for benchmarks of the trusted side.")] = False,
+    insecure_lie: Annotated[
+        str, typer.Option(metavar="NAME[:N]", hidden=True, help="Lie with every N-th answer; to see it caught.")
+    ] = "",
     inherit_fd: Annotated[int, typer.Option(hidden=True)] = -1,
     parent: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
@@ -45,7 +48,7 @@ def worker(
     if threads:
         torch.set_num_threads(threads)
     try:
-        server = Server(Options(device, memory_limit, transcript, identity, peers, insecure_no_tls, null))
+        server = Server(Options(device, memory_limit, transcript, identity, peers, insecure_no_tls, null, insecure_lie))
         if inherit_fd >= 0:
             log.setLevel(logging.WARNING)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trusted process, which then ends us

@@ -18,6 +18,7 @@ from tempo.wire.address import Address
 from tempo.wire.stream import SocketStream, Stream, TLSStream
 from tempo.worker.budget import Budget, human, parse_size
 from tempo.worker.compute import Compute, TorchCompute
+from tempo.worker.lying import LyingCompute
 from tempo.worker.null import NullCompute
 from tempo.worker.session import Session
 
@@ -39,6 +40,7 @@ class Options:
     peers: Path | None = None
     insecure_no_tls: bool = False
     null: bool = False
+    insecure_lie: str = ""
 
 
 @final
@@ -145,7 +147,11 @@ def _compute(options: Options) -> Compute:
         raise SettingsError(f"device {options.device!r} is not supported; use cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(f"there is no device {options.device!r} here; CUDA devices: {torch.cuda.device_count()}")
-    return TorchCompute(device)
+    compute = TorchCompute(device)
+    if options.insecure_lie:
+        log.warning("A LYING WORKER: some answers are wrong on purpose; for tests only")
+        return LyingCompute(compute, options.insecure_lie)
+    return compute
 
 
 def _memory(compute: Compute) -> int:

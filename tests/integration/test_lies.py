@@ -1,0 +1,173 @@
+"""A worker that lies is caught at once, and costs nothing: its answer is not used, others do its work."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from tempo.engine.link import Link
+from tempo.errors import ProtectionWarning, WorkerLiedError
+from tempo.session import Session
+from tempo.settings import Settings, parse
+from tempo.wire.address import Address
+from tempo.worker.lying import LIES
+from tempo.worker.server import Options, Server
+
+
+@contextmanager
+def session_with(*lies: str, operators: tuple[str, ...] = (), **fields) -> Iterator[Session]:
+    """A session with one worker per entry, in this process: ``""`` is honest, anything else lies that way."""
+    fields = {"scheme": "tempo", "base": "secret", "placement": "all", "divide_flops": 1} | fields
+    settings: Settings = parse(fields)
+    with ExitStack() as stack:
+        links = []
+        for number, lie in enumerate(lies):
+            server = Server(Options(insecure_no_tls=True, memory_limit="1GiB", insecure_lie=lie))
+            ours, theirs = socket.socketpair()
+            thread = threading.Thread(target=server.serve, args=(theirs, "test"))
+            thread.start()
+            stack.callback(thread.join)
+            operator = operators[number] if operators else f"operator{number}"
+            address = Address(host=f"worker{number}", operator=operator)
+            links.append(Link.adopt(ours, address, settings=settings, session="0123456789abcdef"))
+            stack.callback(links[-1].close)
+        yield stack.enter_context(Session(links, settings, "0123456789abcdef"))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 5))
+
+
+def losses(model: nn.Module, steps: int = 3) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(steps):
+        x = torch.randn(12, 3, 6, 6, generator=generator)
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("scheme", ["tempo", "mix"])
+def test_every_lie_is_caught_in_its_step_and_the_numbers_are_plain_pytorch_s(lie, scheme, caplog):
+    small = {"insecure_small_blocks": True, "mix_block": 4, "mix_row_block": 4} if scheme == "mix" else {}
+    with session_with("", lie, "", scheme=scheme, **small) as session, caplog.at_level(logging.ERROR, "tempo"):
+        model = session.protect(network())
+        assert losses(model) == pytest.approx(losses(network()), rel=1e-4, abs=1e-6)
+        (incident,) = session.incidents
+        assert session.stats().flops_offloaded > 0
+    assert isinstance(incident.error, WorkerLiedError)
+    assert incident.address == "worker1:0@operator1"
+    assert incident.step <= 1  # "stale" has nothing to replay before
+    for said in ("layer '", "worker1", "times its tolerance", "going on without it and its operator"):
+        assert said in caplog.text, said
+
+
+@pytest.mark.parametrize("which", range(1, 18, 3))
+def test_a_lie_told_once_is_caught_wherever_it_is_told(which):
+    """In any answer of three steps: outputs, gradients of inputs and of weights, of every layer."""
+    with session_with("", f"element:{which}") as session:
+        assert losses(session.protect(network())) == pytest.approx(losses(network()), rel=1e-4, abs=1e-6)
+        assert len(session.incidents) == 1
+
+
+def test_honest_workers_are_never_accused():
+    with session_with("", "", "") as session:
+        losses(session.protect(network()), 20)
+        assert session.incidents == []
+        assert session.stats().seconds["verify"] > 0
+
+
+def test_a_liar_s_operator_goes_with_it_and_masks_are_renewed():
+    operators = ("honest", "shady", "shady")
+    with session_with("", "row:4", "", operators=operators) as session:
+        model = session.protect(network())
+        with torch.no_grad():
+            model(torch.randn(12, 3, 6, 6))
+            before = session.stats()
+            for _ in range(3):
+                model(torch.randn(12, 3, 6, 6))
+        used = session.stats() - before
+        assert len(session.incidents) == 1
+        assert session._engine.crew.present == [0]
+        assert used.encryptions["w"] >= 3  # unchanged weights, but the liar held them under these masks
+
+
+def test_two_liars_in_concert_are_both_caught():
+    with session_with("row:2", "", "row:3") as session:
+        assert losses(session.protect(network())) == pytest.approx(losses(network()), rel=1e-4, abs=1e-6)
+        assert len(session.incidents) == 2
+        assert session._engine.crew.present == [1]
+
+
+def test_with_nobody_else_left_a_lie_is_an_error_and_the_worker_stays_banned():
+    with session_with("zeros") as session:
+        model = session.protect(network())
+        with pytest.raises(WorkerLiedError, match=r"layer '0': worker.*worker0.*wrong output.*step 0"):
+            losses(model)
+        with pytest.raises(WorkerLiedError, match="no worker is left"):
+            losses(model)
+        session.unprotect(model)
+        assert losses(model) == losses(network())
+
+
+def test_a_sample_is_not_protection_and_says_so():
+    with session_with("element", verify="sample:0") as session:
+        with pytest.warns(ProtectionWarning, match="finds faults, not liars"):
+            model = session.protect(network())
+        losses(model)
+        assert session.incidents == []
+    with session_with("element", "", verify="sample:0.5") as session:
+        losses(session.protect(network()), 12)
+        assert len(session.incidents) == 1
+    with session_with("", verify="off") as session, pytest.warns(ProtectionWarning, match="used as they are"):
+        session.protect(network())
+
+
+def test_nothing_derived_from_a_wrong_answer_is_sent():
+    """After the first wrong answer of the only worker, no further request leaves."""
+    with session_with("infinity") as session:
+        model = session.protect(network())
+        with pytest.raises(WorkerLiedError):
+            model(torch.randn(12, 3, 6, 6))
+        link = session._engine.links[0]
+        assert session.stats().encryptions["x"] == 1
+        assert link._lost is not None
+
+
+def test_answers_are_checked_in_memory_that_the_worker_cannot_change(monkeypatch):
+    """Right at the check, wrong right after: what is used is what was checked."""
+    with session_with("") as session:
+        model = session.protect(nn.Linear(16, 8))
+        engine = session._engine
+        shared = []
+        own = engine.links[0].own
+
+        def owned(reply):
+            shared.append(reply)
+            return own(reply)
+
+        monkeypatch.setattr(engine.links[0], "own", owned)
+        judge = engine.verifier.judge
+
+        def judged(*arguments):
+            judge(*arguments)
+            shared[-1].zero_()  # the worker, at the worst moment
+
+        monkeypatch.setattr(engine.verifier, "judge", judged)
+        x = torch.randn(4, 16)
+        torch.testing.assert_close(model(x), nn.functional.linear(x, model.weight, model.bias), rtol=1e-4, atol=1e-5)
+        assert shared
