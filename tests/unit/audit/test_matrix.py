@@ -82,7 +82,7 @@ def test_a_scheme_s_table_says_what_resists_and_what_breaks_it(tmp_path):
     assert table["nothing"] == ["nothing", "`patterns` 0.04<sup>1</sup>", "—"]  # the run where it got furthest
     assert table["base checkpoint"] == ["nothing", "—", "**`frames` 0.31<sup>2</sup>**"]
     assert table["architecture"][1] == "no attack applied"
-    assert table["lies (active)"] == ["nothing", "—", "answers are believed, nothing verifies them"]
+    assert table["lies (active)"] == ["nothing", matrix.ACTIVE, "—"]
     for part in (
         "1. `patterns`: share of rows = 0.04; chance 0; in clear 1; a leak from 0.5 up; its control 0.969; ",
         "resnet, secret initial weights; broken in 0 of 2.",

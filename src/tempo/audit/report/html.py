@@ -65,7 +65,6 @@ def _environment() -> Environment:
         "key": charts.key,
         "threshold_key": charts.threshold_key,
         "LEVELS": LEVELS,
-        "verified": levels.answers_are_verified(),
     }
     return environment
 

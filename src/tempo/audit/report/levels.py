@@ -10,7 +10,6 @@ from typing import Literal
 from tempo.audit.attack import Figure, Finding
 from tempo.audit.knowledge import Fact
 from tempo.audit.report.contents import CONTROL, Report, Run
-from tempo.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -155,11 +154,6 @@ def control_of(report: Report, attack: str) -> Finding | None:
     """What ``attack`` reached on its positive control, if the report says."""
     controls = (finding for run in report.runs if run.scheme == CONTROL for finding in run.findings)
     return next((finding for finding in controls if finding.attack == attack), None)
-
-
-def answers_are_verified() -> bool:
-    """Whether this version can check what workers answer: it would have a setting for it."""
-    return "verify" in Settings.__struct_fields__
 
 
 def number(value: float) -> str:
