@@ -90,7 +90,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Seconds to wait for a worker to be reachable."""
 
     request_timeout: Seconds = 600.0
-    """Seconds to wait for one answer before the worker counts as lost."""
+    """Seconds to wait for one answer before the worker counts as lost, however alive it seems."""
+
+    stall_timeout: Annotated[float, Meta(ge=3, le=86400)] = 15.0
+    """Seconds of silence before a worker counts as lost: workers send a sign of life every second."""
 
     insecure_no_tls: bool = False
     """Speak to remote workers in clear: masks still hold, authenticity does not."""

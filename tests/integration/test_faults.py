@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import signal
 
 import pytest
 import torch
@@ -87,6 +88,17 @@ def test_a_worker_killed_at_any_request_of_a_step_costs_nothing(after, caplog):
             assert isinstance(incident.error, WorkerLostError)
             assert "local:1" in incident.address
         assert "going on without it" in caplog.text
+
+
+def test_a_frozen_worker_is_noticed_and_costs_nothing(caplog):
+    with open_session(stall_timeout=3) as session, caplog.at_level(logging.ERROR, "tempo"):
+        model = session.protect(network())
+        link = session._engine.links[1]
+        link.process.send_signal(signal.SIGSTOP)
+        assert losses(model) == pytest.approx(losses(network()), rel=1e-4, abs=1e-6)
+        (incident,) = session.incidents
+    assert "silent for too long" in str(incident)
+    assert link.process.poll() is not None  # and nothing is left of it
 
 
 def test_two_of_three_workers_may_go(caplog):

@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -41,6 +40,7 @@ from tempo.wire.frame import TO_TRUSTED
 from tempo.wire.memory import Block, BlockPool, PrivatePool
 from tempo.wire.messages import (
     PROTOCOL,
+    Alive,
     Failure,
     Forget,
     Hello,
@@ -85,7 +85,6 @@ class _Pending:
     sent: list[Block]
     wants: dict[str, _Want]
     acknowledged: Future[None] | None
-    since: float
 
 
 @final
@@ -122,8 +121,7 @@ class Link:
         except BaseException:
             stream.close()
             raise
-        stream.set_timeout(settings.request_timeout)
-        self._timeout = settings.request_timeout
+        stream.set_timeout(settings.stall_timeout, sending=settings.request_timeout)
         self._shared = isinstance(stream, SocketStream) and stream.is_unix and "shm" in self.welcome.capabilities
         # Two pools, so that what comes back never lies where this side wrote something.
         self._outgoing: BlockPool = SharedPool(self._segments, answers=False) if self._shared else PrivatePool()
@@ -197,7 +195,7 @@ class Link:
             message = msgspec.structs.replace(
                 message, id=self.last_id, tensors=refs, wants=tuple(want.ref for want in due.values())
             )
-            self._send(_Pending(message, sent, due, acknowledged, time.monotonic()), payload)
+            self._send(_Pending(message, sent, due, acknowledged), payload)
         return futures if acknowledged is None else {ACKNOWLEDGED: acknowledged}
 
     def own(self, reply: Tensor) -> Tensor:
@@ -232,6 +230,7 @@ class Link:
         if os.getpid() != self._owner:
             self._channel.close()
             return
+        stuck = self._lost is not None
         self._lose(WorkerLostError(f"worker {self.address}: the connection was closed"))
         if threading.current_thread() is not self._receiver:
             self._receiver.join()
@@ -241,7 +240,7 @@ class Link:
         self._lent.clear()
         self._replies.clear()
         if self.process is not None:
-            stop(self.process)
+            stop(self.process, 0.0 if stuck else _STOP_TIMEOUT)
 
     # --- sending ---
 
@@ -306,13 +305,7 @@ class Link:
     def _receive_all(self) -> None:
         try:
             while True:
-                try:
-                    message = self._channel.receive(self._place)
-                except TimeoutError as error:
-                    oldest = min((pending.since for pending in list(self._pending.values())), default=None)
-                    if oldest is not None and time.monotonic() - oldest >= self._timeout:
-                        raise EOFError(f"no answer, {error}") from None
-                    continue
+                message = self._channel.receive(self._place)
                 if isinstance(message, Result):
                     self._resolve(message)
                 elif isinstance(message, Failure):
@@ -322,7 +315,7 @@ class Link:
 
     def _place(self, message: ToTrusted) -> Sequence[memoryview]:
         """Refuse all but an answer that is due, before a byte of it is read."""
-        if isinstance(message, Failure):
+        if isinstance(message, Failure | Alive):
             return ()
         if isinstance(message, Welcome):
             raise ProtocolError("a second welcome")
@@ -400,10 +393,10 @@ class Link:
             self._outgoing.give(block)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes], patience: float = _STOP_TIMEOUT) -> None:
     """Wait for a worker's process, whose connection has ended, to end too; help it if it does not."""
     try:
-        process.wait(_STOP_TIMEOUT)
+        process.wait(patience)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

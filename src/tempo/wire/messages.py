@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of everything in this file; a hello with another one is refused."""
 
 DType = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"]
@@ -165,6 +165,13 @@ class Failure(_Struct, frozen=True, tag="failure"):
     message: Text
 
 
+class Alive(_Struct, frozen=True, tag="alive"):
+    """A sign of life, sent every `BEAT` seconds whatever else happens: a worker that is silent for longer is stuck."""
+
+
+BEAT = 1.0
+"""Seconds between signs of life."""
+
 Request = Store | Forward | Backward | Probe
 ToWorker = Hello | Segment | Store | Forward | Backward | Forget | Probe
-ToTrusted = Welcome | Result | Failure
+ToTrusted = Welcome | Result | Failure | Alive

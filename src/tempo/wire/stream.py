@@ -35,8 +35,8 @@ class Stream(ABC):
         self.set_timeout(timeout)
 
     @abstractmethod
-    def set_timeout(self, timeout: float | None) -> None:
-        """Bound each wait for the other end, in seconds; None waits for ever."""
+    def set_timeout(self, timeout: float | None, sending: float | None = None) -> None:
+        """Bound each wait for the other end, in seconds; None waits for ever. ``sending``: another bound for that."""
 
     @abstractmethod
     def read_some(self, view: memoryview) -> int:
@@ -99,12 +99,11 @@ class SocketStream(Stream):
         self.is_unix = sock.family == socket.AF_UNIX
         self._accepts_descriptors = descriptors
 
-    def set_timeout(self, timeout: float | None) -> None:
+    def set_timeout(self, timeout: float | None, sending: float | None = None) -> None:
         """As in `Stream`: the kernel's timeouts, since Python's would cost a poll before each call."""
-        seconds = timeout or 0.0
-        value = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+        for option, bound in ((socket.SO_RCVTIMEO, timeout), (socket.SO_SNDTIMEO, sending or timeout)):
+            seconds = bound or 0.0
+            self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6)))
 
     def read_some(self, view: memoryview) -> int:
         """As in `Stream`; file descriptors that came along are appended to ``descriptors`` if welcome."""
@@ -145,9 +144,11 @@ class TLSStream(Stream):
         self._tls = sock
         self._lock = threading.Lock()
 
-    def set_timeout(self, timeout: float | None) -> None:
+    def set_timeout(self, timeout: float | None, sending: float | None = None) -> None:
         """As in `Stream`."""
-        self._milliseconds = None if timeout is None else max(1, int(timeout * 1000))
+        self._receiving, self._sending = (
+            None if bound is None else max(1, int(bound * 1000)) for bound in (timeout, sending or timeout)
+        )
 
     def read_some(self, view: memoryview) -> int:
         """As in `Stream`; at most one TLS record at a time."""
@@ -159,7 +160,7 @@ class TLSStream(Stream):
                 events = select.POLLIN
             except ssl.SSLWantWriteError:
                 events = select.POLLOUT
-            self._wait(events)
+            self._wait(events, self._receiving)
 
     def _write_some(self, buffers: list[memoryview], descriptor: int | None) -> int:
         while True:
@@ -170,10 +171,10 @@ class TLSStream(Stream):
                 events = select.POLLOUT
             except ssl.SSLWantReadError:
                 events = select.POLLIN
-            self._wait(events)
+            self._wait(events, self._sending)
 
-    def _wait(self, events: int) -> None:
+    def _wait(self, events: int, milliseconds: int | None) -> None:
         poll = select.poll()
         poll.register(self._sock, events)
-        if not poll.poll(self._milliseconds):
+        if not poll.poll(milliseconds):
             raise TimeoutError("the other end was silent for too long")

@@ -14,7 +14,7 @@ import tempo
 from tempo.errors import ProtocolError
 from tempo.wire.channel import Channel
 from tempo.wire.frame import TO_WORKER, inline
-from tempo.wire.messages import PROTOCOL, Failure, Forget, Hello, Segment, TensorRef, ToWorker, Welcome
+from tempo.wire.messages import BEAT, PROTOCOL, Alive, Failure, Forget, Hello, Segment, TensorRef, ToWorker, Welcome
 from tempo.wire.shared import MappedSegments
 from tempo.wire.stream import SocketStream, Stream
 from tempo.wire.tensors import DTYPES, raw, size_of
@@ -46,8 +46,12 @@ class Session:
     def run(self) -> None:
         """Serve; returns when the connection has ended, by whichever side. Never raises for what the peer did."""
         worker: threading.Thread | None = None
+        beat: threading.Thread | None = None
+        over = threading.Event()
         try:
             executor = self._greet()
+            beat = threading.Thread(target=self._beat, args=(over,), name=f"beat {self._peer}", daemon=True)
+            beat.start()
             worker = threading.Thread(target=self._work, args=(executor,), name=f"compute {self._peer}", daemon=True)
             worker.start()
             while True:
@@ -60,10 +64,12 @@ class Session:
         except OSError as error:
             log.warning("%s: connection lost: %s", self._peer, error)
         finally:
+            over.set()
             self._queue.close()
             self._channel.stream.shutdown()
-            if worker is not None:
-                worker.join()
+            for thread in (worker, beat):
+                if thread is not None:
+                    thread.join()
             self._channel.close()
             self._account.close()
 
@@ -144,6 +150,14 @@ class Session:
             self._channel.send(Failure(0, "bad-request", why[:1000]))
         except OSError:
             return  # the peer does not listen
+
+    def _beat(self, over: threading.Event) -> None:
+        """Send signs of life: from a thread of their own, since receiving and computing may both take long."""
+        try:
+            while not over.wait(BEAT):
+                self._channel.send(Alive())
+        except OSError:
+            return  # the receiving thread notices, too
 
     @torch.inference_mode()
     def _work(self, executor: Executor) -> None:

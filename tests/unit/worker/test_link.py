@@ -139,17 +139,23 @@ def test_what_a_worker_says_is_made_printable(forge: Callable[..., Link]) -> Non
     assert len(str(error)) < 700
 
 
-def test_a_worker_that_never_answers_is_lost(forge: Callable[..., Link]) -> None:
-    link = forge(lambda _: b"", settings=Settings(request_timeout=0.05))
+def test_a_silent_worker_is_lost(forge: Callable[..., Link]) -> None:
+    link = forge(lambda _: b"", settings=Settings(stall_timeout=0.05))
     error = link.request(FORWARD, {"x": torch.ones(2, 3)}, WANTS)["y"].exception(20)
     assert isinstance(error, WorkerLostError)
-    assert "no answer" in str(error)
+    assert "silent for too long" in str(error)
 
 
-def test_an_idle_link_lives_on(forge: Callable[..., Link]) -> None:
-    link = forge(result, settings=Settings(request_timeout=0.05))
-    assert not link._receiver.join(0.2)
-    assert link.request(FORWARD, {"x": torch.ones(2, 3)}, WANTS)["y"].result(20).shape == (2, 3)
+@pytest.mark.parametrize("transport", ["shm", "tcp", "tls"])
+def test_an_idle_link_lives_on_by_signs_of_life(
+    start: Callable[..., InProcess], transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempo.worker.session.BEAT", 0.01)
+    link = start(tls=transport == "tls").link(transport)
+    link._channel.stream.set_timeout(0.5)
+    link._receiver.join(0.8)
+    assert link._receiver.is_alive()
+    link.request(Store(step=0, layer=0, weight=7), {"w": torch.eye(3)}, {})[ACKNOWLEDGED].result(20)
 
 
 @pytest.mark.parametrize("welcome", [Failure(0, "refused", "go away"), replace(WELCOME, protocol=99)])
