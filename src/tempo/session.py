@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -16,8 +17,9 @@ from tempo.engine.coverage import TrustedProducts
 from tempo.engine.crew import Incident
 from tempo.engine.engine import Engine
 from tempo.engine.link import Link
-from tempo.engine.local import start_local_workers
+from tempo.engine.local import restart, start_local_workers
 from tempo.engine.memory import keep_heap
+from tempo.engine.recall import Recall
 from tempo.engine.stats import Stats
 from tempo.engine.truth import TruthRecorder
 from tempo.errors import ProtectionWarning, SettingsError
@@ -62,11 +64,18 @@ def connect(*workers: str, settings: Settings | None = None, **fields: Any) -> S
             links.extend(Link.connect(address, settings=settings, session=name) for address in addresses)
         else:
             links.extend(start_local_workers(settings, session=name))
-        return Session(links, settings, name)
+        recall = Recall(partial(_dial_again, settings=settings, session=name))
+        return Session(links, settings, name, recall)
     except BaseException:
         for link in links:
             link.close()
         raise
+
+
+def _dial_again(lost: Link, *, settings: Settings, session: str) -> Link:
+    if lost.process is not None:
+        return restart(lost, settings, session=session)
+    return Link.connect(lost.address, settings=settings, session=session)
 
 
 class Session:
@@ -78,14 +87,15 @@ class Session:
         links: Connections to the workers, which the session closes.
         settings: Its settings.
         name: 16 hexadecimal digits, public: names the session in transcripts.
+        recall: Seeks workers that were lost.
     """
 
-    def __init__(self, links: Sequence[Link], settings: Settings, name: str) -> None:
+    def __init__(self, links: Sequence[Link], settings: Settings, name: str, recall: Recall | None = None) -> None:
         keep_heap()
         folder = settings.insecure_record_truth
         truth = TruthRecorder(folder, name, settings.scheme) if folder else None
         self.name = name
-        self._engine = Engine(settings, schemes.create(settings.scheme, settings), links, truth)
+        self._engine = Engine(settings, schemes.create(settings.scheme, settings), links, truth, recall)
         self._layers: list[ProtectedLayer] = []
         self._models: list[ProtectedModel] = []
         self._said: set[str] = set()
@@ -100,6 +110,20 @@ class Session:
     def incidents(self) -> list[Incident]:
         """Workers that left this session, oldest first, and why."""
         return list(self._engine.crew.incidents)
+
+    def add_worker(self, address: str) -> None:
+        """Let one more worker take part from the next product on, with a share by its measured speed.
+
+        Args:
+            address: As for `connect`.
+
+        Raises:
+            SettingsError: The address is wrong.
+            WorkerUnreachableError, WorkerRefusedError: It cannot be used.
+        """
+        self._engine.check_open()
+        link = Link.connect(Address.parse(address), settings=self.settings, session=self.name)
+        self._engine.crew.join(link, self._engine.planner.share(link))
 
     def protect(
         self,

@@ -95,6 +95,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     stall_timeout: Annotated[float, Meta(ge=3, le=86400)] = 15.0
     """Seconds of silence before a worker counts as lost: workers send a sign of life every second."""
 
+    patience: Annotated[float, Meta(ge=0, le=604800)] = 30.0
+    """Seconds to wait for a lost worker to come back where no other is left, before that is an error; 0: none is even
+    sought."""
+
     insecure_no_tls: bool = False
     """Speak to remote workers in clear: masks still hold, authenticity does not."""
 

@@ -221,7 +221,7 @@ def test_a_model_on_another_device_is_refused(connect):
 
 @pytest.mark.parametrize("during", ["forward", "backward"])
 def test_a_killed_worker_is_named_with_the_layer_that_needed_it(during):
-    with tempo.connect(scheme="tempo", placement="all", local_threads=1) as session:
+    with tempo.connect(scheme="tempo", placement="all", local_threads=1, patience=0) as session:
         plain = network()
         model = session.protect(copy.deepcopy(plain))
         y = model(data())

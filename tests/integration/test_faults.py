@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import signal
+import time
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def kill_at(session: Session, worker: int, number: int, *, after: bool) -> None:
 
 
 def open_session(workers: int = 2, **fields) -> Session:
-    fields = {"scheme": "tempo", "base": "secret"} | fields
+    fields = {"scheme": "tempo", "base": "secret", "patience": 0} | fields
     return tempo.connect(placement="all", divide_flops=1, local_workers=workers, local_threads=1, **fields)
 
 
@@ -110,6 +111,44 @@ def test_two_of_three_workers_may_go(caplog):
             assert losses(model) == pytest.approx(losses(network()), rel=1e-4, abs=1e-6)
         assert len(session.incidents) == 2
         assert "100% of the rows" in str(session.summary())
+
+
+@pytest.mark.parametrize("number", [2, 11])
+def test_the_only_worker_is_waited_for(number, caplog):
+    with open_session(1, patience=120) as session, caplog.at_level(logging.WARNING, "tempo"):
+        model = session.protect(network())
+        kill_at(session, 0, number, after=True)
+        assert losses(model) == pytest.approx(losses(network()), rel=1e-4, abs=1e-6)
+        assert len(session.incidents) == 1
+        assert session.stats().flops_trusted == 0
+    assert "no worker is left: waiting up to 120 s" in caplog.text
+    assert "is back" in caplog.text
+
+
+def test_a_lost_worker_takes_part_again_once_it_is_back():
+    with open_session(2, patience=120) as session:
+        model = session.protect(network())
+        kill_at(session, 1, 1, after=True)
+        deadline = time.monotonic() + 120
+        while len(session._engine.crew.present) < 2 or not session.incidents:
+            assert losses(model), "it never came back"
+            assert time.monotonic() < deadline, "it never came back"
+        back = session._engine.links[2]
+        sent = back.bytes_sent
+        losses(model)
+        assert back.bytes_sent > sent
+
+
+def test_new_workers_may_join(connect, workers):
+    session = connect(1)
+    model = session.protect(network())
+    expected = losses(network())
+    assert losses(model) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    session.add_worker(workers[1])
+    measured = session._engine.links[1].bytes_sent
+    model = session.protect(network())
+    assert losses(model) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert session._engine.links[1].bytes_sent > measured
 
 
 def test_the_last_worker_is_an_error_that_names_layer_and_worker(caplog):

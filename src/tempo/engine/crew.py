@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tempo.engine.link import Link
-from tempo.errors import ProtectionWarning, SchemeError, WorkerError, WorkerLiedError
+from tempo.engine.recall import Recall
+from tempo.errors import ProtectionWarning, SchemeError, WorkerError, WorkerLiedError, WorkerLostError
 from tempo.schemes.base import Scheme, Target
 
 log = logging.getLogger("tempo")
@@ -32,11 +33,17 @@ class Crew:
     Args:
         links: All workers of the session; their order is their numbering.
         shares: Of the rows, by the same numbers.
+        recall: Seeks workers that were lost; without it they stay so.
+        patience: Seconds to wait for one of them where nobody else is left; 0: they are not even sought.
     """
 
-    def __init__(self, links: Sequence[Link], shares: Sequence[float]) -> None:
+    def __init__(
+        self, links: Sequence[Link], shares: Sequence[float], recall: Recall | None = None, patience: float = 0.0
+    ) -> None:
         self.links = list(links)
         self.shares = list(shares)
+        self._recall = recall
+        self._patience = patience
         self.incidents: list[Incident] = []
         self.lies = 0
         """How many operators were found lying: what was masked for one of them is masked anew for the others."""
@@ -69,6 +76,8 @@ class Crew:
             whole: Whether rows are not worth dividing.
             operators: How many distinct operators its scheme divides it over, where there are that many.
         """
+        while self._recall is not None and (back := self._recall.returned()):
+            self._welcome(*back)
         if not self.present:
             last = self.incidents[-1].error
             raise type(last)(f"no worker is left: {last}; connect to others")
@@ -85,7 +94,8 @@ class Crew:
     def dismiss(self, error: WorkerError, step: int) -> None:
         """Go on without the worker that ``error`` is about, so that what failed can be done again by the others.
 
-        A worker that lied takes all workers of its operator with it.
+        A worker that lied takes all workers of its operator with it, for good. One that was lost is sought, and takes
+        part again once it is back; where nobody else is left, that is waited for.
 
         Args:
             error: What went wrong.
@@ -106,7 +116,8 @@ class Crew:
             if number == error.worker or (lied and self.links[number].address.operator == operator)
         ]
         rest = [number for number in self.present if number not in leaving]
-        if not rest and not lied:
+        sought = self._recall if isinstance(error, WorkerLostError) and self._patience else None
+        if not rest and not lied and sought is None:
             raise error  # a worker that is out of memory, say, may have enough for the next batch
         operators = {self.links[number].address.operator for number in self.present}
         self.incidents.append(Incident(str(self.links[error.worker].address), step, error))
@@ -114,8 +125,11 @@ class Crew:
         self.lies += lied
         for number in leaving:
             self.links[number].close()
+        if sought is not None:
+            sought.seek(error.worker, self.links[error.worker])
         if not rest:
-            raise error
+            self._wait_for_one(error, sought)
+            return
         left = ", ".join(str(self.links[number].address) for number in rest)
         log.error("%s; going on without it%s, with: %s", error, " and its operator" if lied else "", left)
         if len(operators) > 1 and len({self.links[number].address.operator for number in rest}) == 1:
@@ -124,3 +138,31 @@ class Crew:
                 ProtectionWarning,
                 stacklevel=2,
             )
+
+    def join(self, link: Link, share: float) -> int:
+        """Let one more worker take part; returns its number."""
+        link.index = len(self.links)
+        self.links.append(link)
+        self.shares.append(share)
+        return link.index
+
+    def close(self) -> None:
+        """Seek nobody any more, and close all links."""
+        if self._recall is not None:
+            self._recall.close()
+        for link in self.links:
+            link.close()
+
+    def _welcome(self, number: int, link: Link) -> None:
+        """A worker is back: under a new number, for what it held is gone."""
+        log.warning("worker %s is back", link.address)
+        self.join(link, self.shares[number])
+
+    def _wait_for_one(self, error: WorkerError, sought: Recall | None) -> None:
+        if sought is not None:
+            log.error("%s; no worker is left: waiting up to %g s for one to come back", error, self._patience)
+            if back := sought.returned(self._patience):
+                self._welcome(*back)
+                return
+        log.error("%s; no worker is left", error)
+        raise error

@@ -18,6 +18,7 @@ from tempo.engine.batch import Batch
 from tempo.engine.crew import Crew
 from tempo.engine.link import Link
 from tempo.engine.placement import Planner
+from tempo.engine.recall import Recall
 from tempo.engine.sharing import InputSharing
 from tempo.engine.stats import Stats
 from tempo.engine.truth import TruthRecorder
@@ -39,18 +40,23 @@ class Engine:
         scheme: The scheme that the settings name; sites may use another.
         links: One per worker; their order is the workers' numbering.
         truth: Records plain operands, if the user asked for that insecure thing.
+        recall: Seeks workers that were lost.
     """
 
     def __init__(
-        self, settings: Settings, scheme: Scheme, links: Sequence[Link], truth: TruthRecorder | None = None
+        self,
+        settings: Settings,
+        scheme: Scheme,
+        links: Sequence[Link],
+        truth: TruthRecorder | None = None,
+        recall: Recall | None = None,
     ) -> None:
         self.settings = settings
         self.scheme = scheme
-        self.links = list(links)
         self.keys = KeySchedule()
         self.stats = Stats()
-        self.planner = Planner(settings.placement, self.links)
-        self.crew = Crew(self.links, self.planner.shares)
+        self.planner = Planner(settings.placement, links)
+        self.crew = Crew(links, self.planner.shares, recall, settings.patience)
         self.crew.check(scheme)
         self.verifier = Verifier(settings.verify)
         self.sharing = InputSharing()
@@ -64,6 +70,11 @@ class Engine:
         self._backward_since_step = False
         self._warned: set[str] = set()
         self._open = True
+
+    @property
+    def links(self) -> list[Link]:
+        """Connections to all workers that ever took part, by number."""
+        return self.crew.links
 
     # --- numbers and time ---------------------------------------------------------------------------------------
 
@@ -153,8 +164,7 @@ class Engine:
     def close(self) -> None:
         """Close all links. Idempotent."""
         self._open = False
-        for link in self.links:
-            link.close()
+        self.crew.close()
 
 
 def _forget(engine: weakref.ref[Engine], workers: Sequence[int], weight: int, operand: int) -> None:

@@ -53,6 +53,15 @@ def start_local_workers(settings: Settings, *, session: str, null: bool = False)
     return links
 
 
+def restart(lost: Link, settings: Settings, *, session: str) -> Link:
+    """A new worker in place of a local one that ended."""
+    threads = settings.local_threads or max(1, len(os.sched_getaffinity(0)) // settings.local_workers)
+    single = msgspec.structs.replace(settings, local_workers=1, local_threads=threads)
+    (link,) = start_local_workers(single, session=session)
+    link.address = lost.address
+    return link
+
+
 def _spawn(settings: Settings, threads: int, null: bool) -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, theirs = socket.socketpair()
     with theirs:

@@ -54,10 +54,14 @@ class Planner:
     def __init__(self, placement: str, links: Sequence[Link]) -> None:
         self.placement = placement
         self.measurements = [link.measure() for link in links]
-        total = sum(m.flops_per_s for m in self.measurements)
-        self.shares = [m.flops_per_s / total for m in self.measurements]
+        self._total = sum(m.flops_per_s for m in self.measurements)
+        self.shares = [m.flops_per_s / self._total for m in self.measurements]
         self.trusted_flops_per_s = measure_trusted_flops() if placement == "auto" else float("inf")
         self._decisions: dict[tuple[object, ...], Decision] = {}
+
+    def share(self, link: Link) -> float:
+        """Of one more worker, in units in which those that were there first have one together."""
+        return link.measure().flops_per_s / self._total
 
     def decide(
         self, scheme: Scheme, x: Sequence[int], w: Sequence[int], flops: int, dtype: torch.dtype, training: bool
