@@ -1,0 +1,171 @@
+"""Workers killed, frozen, cut off and lying at random moments: every run ends with the undisturbed numbers.
+
+``make chaos`` runs many and keeps the table; the test suite a few. Workers are forked from a server that has imported
+torch already, since starting them is most of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from collections import Counter
+from contextlib import ExitStack
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tempo.engine.link import Link
+from tempo.errors import WorkerError, WorkerLiedError
+from tempo.session import Session
+from tempo.settings import parse
+from tempo.wire.address import Address
+from tempo.worker.lying import LIES
+from tempo.worker.server import Options, Server
+
+RUNS = int(os.environ.get("TEMPO_CHAOS_RUNS", "6"))
+TABLE = os.environ.get("TEMPO_CHAOS_TABLE", "")
+FAULTS = ("kill", "freeze", "cut", "lie")
+NAME = "0123456789abcdef"
+STALL = 3.0
+
+
+def serve(sock: socket.socket, lie: str) -> None:
+    """A worker's whole life, in a process of its own."""
+    torch.set_num_threads(1)
+    Server(Options(insecure_no_tls=True, memory_limit="1GiB", insecure_lie=lie)).serve(sock, "chaos")
+
+
+@pytest.fixture(scope="module")
+def fork() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tempo.worker.server", "torch"])
+    return context
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 5))
+
+
+def losses(model: nn.Module, steps: int = 4) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(steps):
+        x = torch.randn(12, 3, 6, 6, generator=generator)
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def strike(link: Link, process: BaseProcess, fault: str, at: int, *, after: bool) -> None:
+    """Let ``fault`` befall the worker just before or after its request of that number is sent."""
+    count, request = [0], link.request
+
+    def disturbed(*arguments):
+        count[0] += 1
+        futures = request(*arguments) if after else None
+        if count[0] == at:
+            if fault == "kill":
+                process.kill()
+            elif fault == "freeze":
+                os.kill(process.pid, signal.SIGSTOP)
+            else:
+                link._channel.stream.shutdown()
+        return futures or request(*arguments)
+
+    link.request = disturbed
+
+
+def one_run(seed: int, fork: multiprocessing.context.ForkServerContext, expected: list[float]) -> dict[str, object]:
+    """One training run in which all but sometimes one worker come to grief."""
+    chance = random.Random(seed)
+    count = chance.randint(2, 4)
+    befallen = chance.sample(range(count), chance.randint(1, count))
+    faults = {number: chance.choice(FAULTS) for number in befallen}
+    settings = parse(
+        {
+            "scheme": chance.choice(["tempo", "mix"]),
+            "base": "secret",
+            "placement": "all",
+            "divide_flops": chance.choice([1, 1 << 20]),
+            "stall_timeout": STALL,
+            "patience": 0,
+            "insecure_small_blocks": True,
+            "mix_block": 4,
+            "mix_row_block": 4,
+        }
+    )
+    processes = []
+    started = time.monotonic()
+    before = len(os.listdir("/proc/self/fd"))
+    with ExitStack() as stack:
+        links = []
+        for number in range(count):
+            lie = f"{chance.choice(list(LIES))}:{chance.randint(1, 30)}" if faults.get(number) == "lie" else ""
+            ours, theirs = socket.socketpair()
+            process = fork.Process(target=serve, args=(theirs, lie))
+            process.start()
+            theirs.close()
+            processes.append(process)
+            stack.callback(process.join)
+            stack.callback(process.kill)
+            address = Address(host=f"worker{number}", operator=f"operator{number}")
+            link = Link.adopt(ours, address, settings=settings, session=NAME)
+            stack.callback(link.close)
+            links.append(link)
+        session = stack.enter_context(Session(links, settings, NAME))
+        model = session.protect(network())
+        for number, fault in faults.items():
+            if fault != "lie":
+                strike(links[number], processes[number], fault, chance.randint(1, 40), after=chance.random() < 0.5)
+        try:
+            found = losses(model)
+            outcome = "same numbers"
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), (seed, faults)
+        except WorkerError as error:
+            outcome = "nobody left"
+            assert len(befallen) == count, (seed, faults, str(error))  # an honest worker was there all the time
+        accused = {i.address for i in session.incidents if isinstance(i.error, WorkerLiedError)}
+        liars = {f"worker{number}:0@operator{number}" for number, fault in faults.items() if fault == "lie"}
+        assert accused <= liars, (seed, accused, liars)
+        met = len(session.incidents)
+        session.close()
+    assert all(not process.is_alive() for process in processes)
+    for process in processes:
+        process.close()
+    left = len(os.listdir("/proc/self/fd")) - before
+    return {
+        "seed": seed,
+        "workers": count,
+        "scheme": settings.scheme,
+        "faults": sorted(faults.values()),
+        "left the session": met,
+        "outcome": outcome,
+        "descriptors left": left,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def test_chaos(fork):
+    expected = losses(network())
+    one_run(0, fork, expected)  # starts the fork server, whose descriptors stay
+    runs = [one_run(seed, fork, expected) for seed in range(1, RUNS + 1)]
+    assert all(run["descriptors left"] == 0 for run in runs), runs
+    assert any(run["left the session"] for run in runs)
+    if TABLE:
+        outcomes = Counter(run["outcome"] for run in runs)
+        befell = Counter(fault for run in runs for fault in run["faults"])
+        table = {"runs": len(runs), "outcomes": outcomes, "faults": befell, "each": runs}
+        Path(TABLE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
