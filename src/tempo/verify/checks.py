@@ -13,7 +13,9 @@ own. A convolution is the same, with pixels as rows: `tempo.verify.forms`. Toler
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import inf, prod
 from typing import Final
 
@@ -24,7 +26,7 @@ from tempo.keys import Key
 from tempo.schemes.haar import gaussians
 from tempo.schemes.operators import work_dtype
 from tempo.verify.forms import Sums, form
-from tempo.verify.tolerance import error_norm, threshold
+from tempo.verify.tolerance import Rounding, threshold
 from tempo.wire.messages import Product
 
 VECTORS: Final = 4
@@ -72,7 +74,7 @@ class WeightCheck:
         self.vectors = vectors
         self.dtype = w_masked.dtype
         self.shape = tuple(w_masked.shape)
-        work = work_dtype(w_masked)
+        self.work = work = work_dtype(w_masked)
         self.form = form(product, work)
         groups = self.form.groups
         self.r = _draw(key, "r", (groups, vectors, self.shape[0] // groups), work)
@@ -124,9 +126,8 @@ class InputCheck:
         expected, self.y = self.y, None
         scale = expected.lengths * weight.length
         inner, width = prod(weight.shape[1:]), weight.r.shape[2]
-        through = _coarsest(torch.promote_types(self.dtype, weight.dtype), y_masked.dtype)
-        found = weight.form.rows(y_masked, weight.r, lengths=through != weight.r.dtype)
-        return _compare(expected.sums, found, scale, 2 * (inner + width), through, y_masked.dtype, width)
+        rounding = Rounding(inner, width, weight.work, _coarsest(self.dtype, weight.dtype, y_masked.dtype))
+        return _judge(expected.sums, scale, rounding, partial(weight.form.rows, y_masked, weight.r))
 
     def backward(self, g_masked: Tensor, *, want_dx: bool, want_dw: bool) -> GradientCheck:
         """What is kept of a gradient ``g~`` of the output, about to be sent; same shape as ``y~``.
@@ -159,9 +160,8 @@ class GradientCheck:
             raise ValueError("no input gradient was announced")
         scale = self.dx.lengths * weight.length
         inner, width = weight.r.shape[2] * prod(weight.shape[2:]), weight.shape[1]
-        through = _coarsest(torch.promote_types(self.dtype, weight.dtype), dx_masked.dtype)
-        found = weight.form.rows(dx_masked, weight.v, lengths=through != weight.v.dtype)
-        return _compare(self.dx.sums, found, scale, 2 * (inner + width), through, dx_masked.dtype, width)
+        rounding = Rounding(inner, width, weight.work, _coarsest(self.dtype, weight.dtype, dx_masked.dtype))
+        return _judge(self.dx.sums, scale, rounding, partial(weight.form.rows, dx_masked, weight.v))
 
     def weight_gradient(self, dw_masked: Tensor) -> Residual:
         """Check ``dw~``."""
@@ -169,41 +169,51 @@ class GradientCheck:
         if self.dw is None or source.z is None:
             raise ValueError("no weight gradient was announced")
         scale = self.dw.lengths * source.length
-        width = source.z.shape[2]
-        through = _coarsest(torch.promote_types(self.dtype, source.dtype), dw_masked.dtype)
-        found = source.weight.form.features(dw_masked, source.z, lengths=through != source.z.dtype)
-        return _compare(self.dw.sums, found, scale, 2 * (self.count + width), through, dw_masked.dtype, width)
+        weight = source.weight
+        through = _coarsest(self.dtype, source.dtype, dw_masked.dtype)
+        rounding = Rounding(self.count, source.z.shape[2], weight.work, through)
+        return _judge(self.dw.sums, scale, rounding, partial(weight.form.features, dw_masked, source.z))
 
 
 def _draw(key: Key, use: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
     return gaussians(key.stream(use), prod(shape)).view(shape).to(dtype)
 
 
-def _coarsest(computed: torch.dtype, answered: torch.dtype) -> torch.dtype:
+def _coarsest(a: torch.dtype, b: torch.dtype, answer: torch.dtype) -> torch.dtype:
     """Workers round once into the dtype they compute in, and then into the answer's."""
-    return max(computed, answered, key=lambda dtype: torch.finfo(dtype).eps)
+    return max(torch.promote_types(a, b), answer, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _compare(
-    expected: Tensor, found: Sums, scale: Tensor, steps: int, through: torch.dtype, answered: torch.dtype, width: int
-) -> Residual:
-    """The worst row; arguments as those of `error_norm`."""
-    work = expected.dtype
-    residual: Tensor = torch.linalg.vector_norm((found.sums - expected).double(), dim=-2)
+def _judge(expected: Tensor, scale: Tensor, rounding: Rounding, read: Callable[..., Sums]) -> Residual:
+    """The worst row of what ``read`` reads; ``scale`` as in `Rounding.error_norm`."""
+    coarse = rounding.through != rounding.work
+    found = _compare(expected, read(lengths=coarse), scale, rounding)
+    if found.passed or coarse:
+        return found
+    # In full precision the answer's length hardly counts, and is not worth reading unless a row fails without.
+    return _compare(expected, read(lengths=True), scale, rounding)
+
+
+def _compare(expected: Tensor, found: Sums, scale: Tensor, rounding: Rounding) -> Residual:
+    residual = (found.sums - expected).double().square_().sum(-2).sqrt_()
     if residual.numel() == 0:
         return Residual()
-    tolerance = threshold(expected.shape[-2]) * error_norm(scale, found.lengths, steps, work, through, width)
+    tolerance = threshold(expected.shape[-2]) * rounding.error_norm(scale, found.lengths)
     ratio = residual / tolerance
-    # No element exceeds the scale, and no sum a few times as much: 64 are more than Gaussians ever make of it.
-    bounded = scale < min(torch.finfo(answered).max, torch.finfo(work).max / 64)
     lost = ~(torch.isfinite(residual) & torch.isfinite(tolerance))
-    ratio = ratio.masked_fill_(lost, inf).masked_fill_(lost & ~bounded, 0.0)
+    unchecked = 0
+    if bool(lost.any()):
+        # No element exceeds the scale, and no sum by more than Gaussians ever make of it: then all has to be finite.
+        limit = min(torch.finfo(rounding.through).max, torch.finfo(rounding.work).max / 64, 1e150)
+        free = lost & ~(scale < limit)
+        unchecked = int(free.sum())
+        ratio = ratio.masked_fill_(lost, inf).masked_fill_(free, 0.0)
     worst = int(ratio.argmax())
     return Residual(
         float(ratio.view(-1)[worst]),
         tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), ratio.shape)),
-        float(residual.reshape(-1)[worst]),
+        float(residual.view(-1)[worst]),
         float(tolerance.expand_as(ratio).reshape(-1)[worst]),
         residual.numel(),
-        int((lost & ~bounded).sum()),
+        unchecked,
     )

@@ -22,7 +22,7 @@ from tempo.verify.norms import lengths as lengths_of
 from tempo.verify.norms import lost, out_of_range
 from tempo.wire.messages import Conv, Linear, Product
 
-_PIECE: Final = 1 << 18
+_PIECE: Final = 1 << 19
 """Elements worked on at a time: what stays in a core's cache."""
 
 

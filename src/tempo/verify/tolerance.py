@@ -6,15 +6,16 @@ worker adds, the partial sums of a row's elements are some of ``a`` times the sa
 than ``‖a‖ ‖M‖_F``. With errors of mean zero, independent of each other (the model of Higham and Mary, SIAM J. Sci.
 Comput. 41, 2019), ``n`` steps leave an error of root mean square length ``√n u ‖a‖ ‖M‖_F``. The same holds for the
 check's own sums, whose partial sums are such vectors seen through a Gaussian one. Rounding the answer adds at most
-``u_out ‖answer‖``, in any model.
+``u_out ‖answer‖``, in any model. Sums of equal numbers break the model, and get a term of their own: `Rounding`.
 
 Through ``k`` secret Gaussian vectors an error of length ``ε`` shows as ``k`` numbers, and their length is ``ε`` times
-a chi variable. So what is tolerated is `threshold` times `error_norm`. An honest row that reaches its bound
+a chi variable. So what is tolerated is `threshold` times `Rounding.error_norm`. An honest row that reaches its bound
 exceeds that once in ``1 / FALSE_ALARM`` checks; sums of numbers of both signs stay far below the bound.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from math import sqrt
 from typing import Final
@@ -75,26 +76,38 @@ def _arguments(square: float, vectors: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(vectors / 2, dtype=torch.float64), torch.tensor(square / 2, dtype=torch.float64)
 
 
-def error_norm(
-    scale: Tensor, answer: Tensor, steps: int, work: torch.dtype, rounded_to: torch.dtype, width: int
-) -> Tensor:
-    """Length of an honest row's error, the check's own included.
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How the rows of an answer were rounded.
 
-    Args:
-        scale: ``‖a‖ ‖M‖_F`` per row, float64.
-        answer: Norm of the row that came, float64; of those in ``work`` zero will do, being within ``scale``.
-        steps: Rounded additions, of worker and check together, by which ``scale`` comes in.
-        work: What sums are kept in: float32, or float64 where the operands are.
-        rounded_to: The coarsest dtype that the answer went through.
+    Attributes:
+        inner: Products that an element is the sum of.
         width: Elements of a row.
-
-    Returns:
-        Float64, never zero: results below the smallest normal number may have been flushed to zero.
+        work: What the check's sums are kept in, and a worker's at least: float32, or float64 where the operands are.
+        through: The coarsest dtype that the answer went through.
     """
-    u = torch.finfo(work).eps / 2
-    rounding: Tensor = (steps + 1) ** 0.5 * u * scale
-    out = torch.finfo(rounded_to)
-    lost = sqrt(width) * (steps * torch.finfo(work).tiny + out.smallest_normal * out.eps / 2)
-    if rounded_to == work:
-        return rounding + lost
-    return torch.hypot(rounding, out.eps / 2 * answer).add_(lost)
+
+    inner: int
+    width: int
+    work: torch.dtype
+    through: torch.dtype
+
+    def error_norm(self, scale: Tensor, answer: Tensor) -> Tensor:
+        """Length of an honest row's error, the check's own included.
+
+        Errors of equal numbers' sums all point one way: up to ``n u / 2`` of the answer's length, for the worker and as
+        much for the check.
+
+        Args:
+            scale: ``‖a‖ ‖M‖_F`` per row, float64.
+            answer: Length of the row that came, float64.
+
+        Returns:
+            Float64, never zero: results below the smallest normal number may have been flushed to zero.
+        """
+        work, through = torch.finfo(self.work), torch.finfo(self.through)
+        u = work.eps / 2
+        steps = 2 * (self.inner + self.width) + 1
+        rounded = through.eps / 2 if self.through != self.work else 0.0
+        lost = sqrt(self.width) * (steps * work.tiny + through.smallest_normal * through.eps / 2)
+        return torch.hypot(sqrt(steps) * u * scale, rounded * answer) + (self.inner * u / 2 * answer + lost)

@@ -78,6 +78,16 @@ def test_numbers_that_are_hard_on_sums(kind, dtype):
             assert found.passed, (name, product, found)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_errors_that_all_point_one_way(dtype):
+    """Long sums of equal numbers."""
+    for x, w in (((8, 20_000), (6, 20_000)), ((20_000, 8), (6, 8))):
+        for value in (0.1, 0.7, 1 / 3, 0.01):
+            sent = Exchange(Linear(), *(torch.full(s, value).to(dtype) for s in (x, w, (x[0], w[0]))))
+            for name, found in sent.judge(**sent.answers).items():
+                assert found.passed, (name, x, found)
+
+
 def test_convolutions_as_fast_algorithms_compute_them():
     """Sixteen images and more, one stride: where torch may choose Winograd's or Fourier's algorithm."""
     product = Conv((1, 1), (1, 1), (1, 1), 1)
