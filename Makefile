@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONWARNINGS ?=
 
-.PHONY: demo test lint bench test-gpu clean
+.PHONY: demo test lint bench chaos test-gpu clean
 
 # pip, not another resolver: the constraints pin a torch that pip finds as a CPU build where one is at hand.
 .venv/.installed: pyproject.toml constraints.txt
@@ -24,6 +24,9 @@ lint: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/tempo bench --model vit-small
+
+chaos: .venv/.installed
+	TEMPO_CHAOS_RUNS=200 TEMPO_CHAOS_TABLE=chaos.json $(BIN)/python -m pytest -q tests/integration/test_chaos.py
 
 test-gpu: .venv/.installed
 	$(BIN)/python -m pytest -m gpu tests/gpu

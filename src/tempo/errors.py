@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Self
 
 
 class TempoError(Exception):
@@ -58,6 +59,12 @@ class WorkerError(TempoError):
     """
 
     worker: int | None = None
+
+    def bare(self) -> Self:
+        """A copy to keep: one that was raised knows frames, and so every tensor of that moment, while it lives."""
+        copy = type(self)(*self.args)
+        copy.worker = self.worker
+        return copy
 
 
 class WorkerUnreachableError(WorkerError):

@@ -6,6 +6,7 @@ torch already, since starting them is most of the time.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -46,7 +47,7 @@ def serve(sock: socket.socket, lie: str) -> None:
 @pytest.fixture(scope="module")
 def fork() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tempo.worker.server", "torch"])
+    context.set_forkserver_preload(["pytest", "tempo.session", "tempo.worker.server"])
     return context
 
 
@@ -109,7 +110,6 @@ def one_run(seed: int, fork: multiprocessing.context.ForkServerContext, expected
     )
     processes = []
     started = time.monotonic()
-    before = len(os.listdir("/proc/self/fd"))
     with ExitStack() as stack:
         links = []
         for number in range(count):
@@ -134,9 +134,10 @@ def one_run(seed: int, fork: multiprocessing.context.ForkServerContext, expected
             found = losses(model)
             outcome = "same numbers"
             assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), (seed, faults)
-        except WorkerError as error:
+        except WorkerError:
             outcome = "nobody left"
-            assert len(befallen) == count, (seed, faults, str(error))  # an honest worker was there all the time
+            if len(befallen) < count:  # somebody sound was there all the time
+                raise
         accused = {i.address for i in session.incidents if isinstance(i.error, WorkerLiedError)}
         liars = {f"worker{number}:0@operator{number}" for number, fault in faults.items() if fault == "lie"}
         assert accused <= liars, (seed, accused, liars)
@@ -145,7 +146,6 @@ def one_run(seed: int, fork: multiprocessing.context.ForkServerContext, expected
     assert all(not process.is_alive() for process in processes)
     for process in processes:
         process.close()
-    left = len(os.listdir("/proc/self/fd")) - before
     return {
         "seed": seed,
         "workers": count,
@@ -153,16 +153,23 @@ def one_run(seed: int, fork: multiprocessing.context.ForkServerContext, expected
         "faults": sorted(faults.values()),
         "left the session": met,
         "outcome": outcome,
-        "descriptors left": left,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def descriptors() -> int:
+    """Open in this process; segments of shared memory have one each, as long as anything maps them."""
+    for _ in range(4):  # a generation at a time: graphs of autograd are freed as a consequence only
+        gc.collect()
+    return len(os.listdir("/proc/self/fd"))
 
 
 def test_chaos(fork):
     expected = losses(network())
     one_run(0, fork, expected)  # starts the fork server, whose descriptors stay
+    before = descriptors()
     runs = [one_run(seed, fork, expected) for seed in range(1, RUNS + 1)]
-    assert all(run["descriptors left"] == 0 for run in runs), runs
+    assert descriptors() == before  # sockets, shared memory, watched processes: nothing is left
     assert any(run["left the session"] for run in runs)
     if TABLE:
         outcomes = Counter(run["outcome"] for run in runs)

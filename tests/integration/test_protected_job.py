@@ -64,7 +64,7 @@ def test_protected_training_has_the_losses_of_plain_training(tmp_path: Path, wor
     assert "patch_embeddings" in (tmp_path / "protected/summary.txt").read_text()
     steps = [record for record in metrics.read(tmp_path / "protected") if isinstance(record, Step)]
     assert all(step.bytes_sent > 0 and step.bytes_received > 0 for step in steps)
-    assert all(set(step.seconds) == {"mask", "wire", "worker", "trusted"} for step in steps)
+    assert all(set(step.seconds) == {"mask", "verify", "wire", "worker", "trusted"} for step in steps)
 
 
 @pytest.mark.parametrize("scheme", ["tempo", "insecure-plain"])
@@ -98,7 +98,7 @@ def test_a_resumed_run_places_layers_as_before(tmp_path: Path, workers: list[str
 
 
 def test_a_killed_worker_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = recipe(tmp_path, session={"scheme": "insecure-plain", "local_threads": 1})
+    job = recipe(tmp_path, session={"scheme": "insecure-plain", "local_threads": 1, "patience": 0})
     train(recipe(tmp_path / "plain"), plain=True)
     started: list[subprocess.Popen[bytes]] = []
     spawn = local._spawn

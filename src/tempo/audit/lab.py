@@ -91,6 +91,10 @@ class _Worker:
         if "dw" in answers:
             self._compute.weight_gradient(message.product, found["g"], self._operands[message.operand], answers["dw"])
 
+    def own(self, reply: Tensor) -> Tensor:
+        """Nothing is shared."""
+        return reply
+
     def release(self, tensor: Tensor) -> None:
         """Nothing is shared."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -48,7 +47,7 @@ class Batch:
         self._failed: dict[str, WorkerError] = {}
         self._futures: dict[str, dict[int, Future[Any]]] = {}
         # A gradient may never be asked for; its buffer is then given back with the next batch.
-        weakref.finalize(self, engine.abandoned.append, self._futures)
+        engine.give_back_after(self, self._futures)
 
     def post(
         self,
@@ -99,7 +98,7 @@ class Batch:
                 yield replies
             engine.stats.decryptions[name] += 1
         except WorkerError as error:
-            self._failed[name] = error
+            self._failed[name] = error.bare()
             raise
         finally:
             for worker, tensor in replies.items():
@@ -112,8 +111,8 @@ class Batch:
         before = {worker: engine.links[worker].worker_nanoseconds for worker in futures}
         for worker in list(futures):
             with self._named(worker):
-                replies[worker] = futures[worker].result(timeout=engine.settings.request_timeout)
-                del futures[worker]  # what is left when something fails is given back with this batch
+                # Out of the batch whatever comes: what is left in it when something fails is given back with it.
+                replies[worker] = futures.pop(worker).result(timeout=engine.settings.request_timeout)
                 self._check(name, worker, replies)
         waited = time.perf_counter() - start - (engine.stats.seconds["verify"] - checking)
         computing = (

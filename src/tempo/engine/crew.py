@@ -120,7 +120,7 @@ class Crew:
         if not rest and not lied and sought is None:
             raise error  # a worker that is out of memory, say, may have enough for the next batch
         operators = {self.links[number].address.operator for number in self.present}
-        self.incidents.append(Incident(str(self.links[error.worker].address), step, error))
+        self.incidents.append(Incident(str(self.links[error.worker].address), step, error.bare()))
         self._gone.update(leaving)
         self.lies += lied
         for number in leaving:
@@ -131,7 +131,7 @@ class Crew:
             self._wait_for_one(error, sought)
             return
         left = ", ".join(str(self.links[number].address) for number in rest)
-        log.error("%s; going on without it%s, with: %s", error, " and its operator" if lied else "", left)
+        log.error("%s; going on without it%s, with: %s", str(error), " and its operator" if lied else "", left)
         if len(operators) > 1 and len({self.links[number].address.operator for number in rest}) == 1:
             warnings.warn(
                 "workers of a single operator are left: schemes that divide a layer over two operators do not any more",
@@ -160,9 +160,9 @@ class Crew:
 
     def _wait_for_one(self, error: WorkerError, sought: Recall | None) -> None:
         if sought is not None:
-            log.error("%s; no worker is left: waiting up to %g s for one to come back", error, self._patience)
+            log.error("%s; no worker is left: waiting up to %g s for one to come back", str(error), self._patience)
             if back := sought.returned(self._patience):
                 self._welcome(*back)
                 return
-        log.error("%s; no worker is left", error)
+        log.error("%s; no worker is left", str(error))
         raise error

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from tempo.engine.product import Product, WeightGradients
 
 
+Futures = dict[str, dict[int, Future[Any]]]
+"""Answers by name and worker."""
+
+
 class Engine:
     """What the products of one session share.
 
@@ -62,8 +66,8 @@ class Engine:
         self.sharing = InputSharing()
         self.step = 0
         self.truth = truth
-        self.abandoned: deque[dict[str, dict[int, Future[Any]]]] = deque()
-        """Answers that nobody will read; appended to by finalizers, which must not take locks."""
+        self._awaited: dict[int, Futures] = {}
+        self._abandoned: deque[Futures] = deque()  # appended to by finalizers, which must not take locks
         self.unsettled: weakref.WeakSet[WeightGradients] = weakref.WeakSet()
         """Weight gradients that workers may still be computing."""
         self._numbers = itertools.count(1)
@@ -109,13 +113,19 @@ class Engine:
 
     def batch(self, product: Product) -> Batch:
         """A batch of requests for one product, one to each worker that takes part."""
-        while self.abandoned:
-            for futures in self.abandoned.popleft().values():
+        while self._abandoned:
+            for futures in self._abandoned.popleft().values():
                 for worker, future in futures.items():
                     future.add_done_callback(partial(self._release_unread, worker))
         if self.truth is not None:
             self.truth.named(product.number, product.name)
         return Batch(self, product.name, product.number)
+
+    def give_back_after(self, owner: object, futures: Futures) -> None:
+        """Give buffers of answers back that nobody read, once ``owner`` is garbage here."""
+        number = self.new_number()
+        self._awaited[number] = futures
+        weakref.finalize(owner, _abandon, weakref.ref(self), number)
 
     def settle(self) -> None:
         """Take the weight gradients that have arrived, so that nothing is kept for their sake any longer."""
@@ -165,6 +175,13 @@ class Engine:
         """Close all links. Idempotent."""
         self._open = False
         self.crew.close()
+
+
+def _abandon(engine: weakref.ref[Engine], number: int) -> None:
+    """Not the futures themselves: errors in them know frames, which know their owner, and would keep it for good."""
+    alive = engine()
+    if alive is not None:
+        alive._abandoned.append(alive._awaited.pop(number))
 
 
 def _forget(engine: weakref.ref[Engine], workers: Sequence[int], weight: int, operand: int) -> None:

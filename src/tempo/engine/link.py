@@ -366,9 +366,7 @@ class Link:
     # --- endings ---
 
     def _broken(self, error: Exception) -> WorkerLostError:
-        lost = WorkerLostError(f"worker {self.address}: connection lost: {error}")
-        lost.__cause__ = error
-        return lost
+        return WorkerLostError(f"worker {self.address}: connection lost: {error}")
 
     def _lose(self, error: WorkerError) -> None:
         """Fail everything in flight and everything to come."""
@@ -384,9 +382,9 @@ class Link:
         while pending.wants:
             _, want = pending.wants.popitem()
             self._incoming.give(want.block)
-            want.future.set_exception(error)
+            want.future.set_exception(error.bare())
         if pending.acknowledged is not None:
-            pending.acknowledged.set_exception(error)
+            pending.acknowledged.set_exception(error.bare())
 
     def _recycle(self, sent: list[Block]) -> None:
         for block in sent:
