@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from exchange import ANSWERS, DTYPES, Checks, exchange, rows
+from exchange import ANSWERS, DTYPES, Checks, Exchange, exchange, rows
 from torch import Tensor
 
 from tempo.bench.measure import machine
@@ -77,6 +77,7 @@ def main(target: Path | None) -> None:
     quiet = {str(n): unseen_ratio(n, VECTORS) for n in (1, 10**3, 10**6, 10**9)}
     print("\nerrors in every answer, as a ratio, that pass all of so many checks with probability 1/2:", quiet)
     relative = relative_tolerances()
+    coarse = coarse_products()
     if target is not None:
         kept = {
             "machine": machine(),
@@ -84,10 +85,11 @@ def main(target: Path | None) -> None:
             "trials": TRIALS,
             "false_alarm": FALSE_ALARM,
             "threshold": threshold(VECTORS),
-            "cells": cells,
+            "lies": nested(cells),
             "miss": law,
             "unseen_ratio": quiet,
             "relative_tolerances": relative,
+            "coarse_products": coarse,
         }
         target.write_text(json.dumps(kept, indent=1) + "\n")
 
@@ -154,6 +156,17 @@ def print_cells(cells: list[dict]) -> None:
     print(f"{'law':44}" + "".join(f"{1 - miss(ratio, VECTORS):7.3f}" for ratio in RATIOS))
 
 
+def nested(cells: list[dict]) -> dict:
+    """Rates of detection by kind, dtype, answer, lie and ratio as it was after rounding."""
+    tree: dict = {}
+    for cell in cells:
+        branch = tree
+        for level in ("kind", "dtype", "answer", "lie"):
+            branch = branch.setdefault(cell[level], {})
+        branch["any" if cell["ratio"] is None else f"{cell['ratio_rounded']:.3g}"] = cell["caught"]
+    return tree
+
+
 def relative_tolerances() -> dict[str, dict[str, float]]:
     """Tolerance over length of an honest row, Gaussian operands: what a ratio means for the numbers of a run."""
     found: dict[str, dict[str, float]] = {}
@@ -175,6 +188,21 @@ def relative_tolerances() -> dict[str, dict[str, float]]:
                 length = rows(shapes[0], part, answer).double().norm(dim=-1)
                 found[label][part] = float((checks.tolerances(part, answer.to(dtype)) / length).median())
             print(f"{label:36} " + ", ".join(f"{part} {value:.1e}" for part, value in found[label].items()))
+    return found
+
+
+def coarse_products() -> dict[str, dict[str, float]]:
+    """Ratios of a worker that rounds float32 operands to 11 bits, as TF32 does, or to the 8 of bfloat16."""
+    found: dict[str, dict[str, float]] = {}
+    print("\nratio of float32 products of rounded operands")
+    for d, m in ((256, 256), (768, 768), (768, 3072)):
+        sent = exchange(Linear(), (1024, d), (m, d), torch.float32, torch.Generator().manual_seed(0))
+        for name, dtype in (("TF32", torch.float16), ("bfloat16", torch.bfloat16)):  # float16 has TF32's 11 bits
+            rounded = Exchange(Linear(), *(t.to(dtype).float() for t in (sent.x, sent.w, sent.g)))
+            checks = sent.checks(VECTORS)
+            label = f"{name}, 1024×{d} → {m}"
+            found[label] = {part: checks.judge(part, answer).ratio for part, answer in rounded.answers().items()}
+            print(f"{label:36} " + ", ".join(f"{part} {ratio:.2f}" for part, ratio in found[label].items()))
     return found
 
 
