@@ -19,13 +19,13 @@ from tempo.wire.messages import Linear
 
 def element(honest: Tensor, other: Tensor) -> Tensor:
     lie = honest.clone()
-    lie.view(-1)[-1] += 3 * honest.abs().max()
+    lie.view(-1)[-1] += 30 * honest.abs().max()
     return lie
 
 
 def scaled_row(honest: Tensor, other: Tensor) -> Tensor:
     lie = honest.clone()
-    lie[1] *= 1.5
+    lie[1] *= 4
     return lie
 
 
@@ -42,7 +42,7 @@ LIES = {
     "stale": lambda honest, other: other,
     "zeros": lambda honest, other: torch.zeros_like(honest),
     "negated": lambda honest, other: -honest,
-    "noise": lambda honest, other: honest + 0.5 * honest.std() * torch.randn(honest.shape),
+    "noise": lambda honest, other: honest + 3 * honest.std() * torch.randn(honest.shape),
     "no number": lambda honest, other: honest.masked_fill(honest == honest.max(), nan),
     "infinite": lambda honest, other: honest.masked_fill(honest == honest.max(), inf),
 }
@@ -89,8 +89,8 @@ def test_residuals_of_a_lie_follow_the_stated_law(kind, name, vectors):
     lie = sent.answers[name]
     lie.view(len(lie), -1)[1, 0] += 1  # in one row, by 1
     squares = [sent.judge(vectors, **{name: lie})[name].residual ** 2 for _ in range(150)]
-    # Fails once in 10^6 runs for each of 24 cases, if the law holds.
-    assert stats.kstest(squares, "chi2", (vectors,)).pvalue > 1e-6
+    # If the law holds, each of 24 cases fails once in 10^9 runs.
+    assert stats.kstest(squares, "chi2", (vectors,)).pvalue > 1e-9
 
 
 @pytest.mark.parametrize("vectors", [1, 2, 4, 8])
@@ -128,7 +128,7 @@ def test_secret_vectors_are_never_the_same_twice():
 
 @pytest.mark.parametrize("coarse", [torch.bfloat16, torch.float16], ids=str)
 def test_a_worker_that_computes_more_coarsely_than_asked_is_found(coarse):
-    sent = exchange(Linear(), (64, 512), (256, 512))
+    sent = exchange(Linear(), (64, 128), (128, 128))
     cheap = Exchange(sent.product, sent.x.to(coarse), sent.w.to(coarse), sent.g.to(coarse))
     answers = {name: answer.float() for name, answer in cheap.answers.items()}
     assert not any(found.passed for found in sent.judge(**answers).values())
