@@ -119,7 +119,7 @@ class Session:
 
         Raises:
             SettingsError: The address is wrong.
-            WorkerUnreachableError, WorkerRefusedError: It cannot be used.
+            WorkerUnreachableError, WorkerRefusedError: It cannot be used, or its operator was found lying.
         """
         self._engine.check_open()
         link = Link.connect(Address.parse(address), settings=self.settings, session=self.name)

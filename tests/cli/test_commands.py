@@ -181,3 +181,26 @@ def test_ctrl_c_saves_and_the_printed_command_continues(tmp_path: Path) -> None:
     again = run(*shlex.split(last.split("tempo ", 1)[1]))
     assert again.exit_code == 0, again.output
     assert len(losses(tmp_path / "out")) == 200
+
+
+def test_one_liar_among_three_workers_is_banned_and_the_losses_stay(
+    recipe: Path, tmp_path: Path, workers: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    address = f"unix:{tmp_path}/liar.sock"
+    command = [sys.executable, "-m", "tempo.worker", "--listen", address, "--threads", "1", "--insecure-lie", "row:7"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as liar:
+        assert any("listening" in line for line in liar.stderr), "it did not start"
+        everybody = ",".join([f"{workers[0]}@a", f"{address}@b", f"{workers[1]}@c"])
+        choices = ("--set", "session.placement=all", "--set", "session.divide_flops=1", "--scheme", "tempo")
+        lying = run(
+            *("train", recipe, "--verify", "always", "--workers", everybody, *choices, "--out", tmp_path / "lying")
+        )
+        liar.terminate()
+    assert lying.exit_code == 0, lying.output
+    plain = run("train", recipe, "--plain", "--out", tmp_path / "plain")
+    assert plain.exit_code == 0
+    assert losses(tmp_path / "lying") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4, abs=1e-6)
+    said = [record.getMessage() for record in caplog.records if "times its tolerance" in record.getMessage()]
+    assert len(said) == 1
+    assert "in step 0" in said[0]
+    assert "going on without it and its operator" in said[0]

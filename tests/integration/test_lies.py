@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tempo.engine.link import Link
-from tempo.errors import ProtectionWarning, WorkerLiedError
+from tempo.errors import ProtectionWarning, WorkerLiedError, WorkerRefusedError
 from tempo.session import Session
 from tempo.settings import Settings, parse
 from tempo.wire.address import Address
@@ -104,6 +104,16 @@ def test_a_liar_s_operator_goes_with_it_and_masks_are_renewed():
         assert len(session.incidents) == 1
         assert session._engine.crew.present == [0]
         assert used.encryptions["w"] >= 3  # unchanged weights, but the liar held them under these masks
+
+
+def test_an_operator_that_lied_is_not_let_in_again(workers):
+    with session_with("", "zeros", operators=("honest", "shady")) as session:
+        losses(session.protect(network()))
+        assert session._engine.crew.banned == {"shady"}
+        with pytest.raises(WorkerRefusedError, match="banned, for it lied"):
+            session.add_worker(f"{workers[0]}@shady")
+        session.add_worker(f"{workers[1]}@another")
+        assert session._engine.crew.present == [0, 2]
 
 
 def test_two_liars_in_concert_are_both_caught():

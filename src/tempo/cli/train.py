@@ -24,6 +24,10 @@ def train(
     verify: Annotated[
         str | None, typer.Option(help="Check answers: always, sample:P or off.", show_default="the recipe's")
     ] = None,
+    patience: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds to wait for a lost worker where none is left.", show_default="the recipe's"),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps to train.", show_default="the recipe's")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/RECIPE")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
@@ -40,6 +44,8 @@ def train(
     changes = overrides(settings, workers)
     if verify is not None:
         changes.append(f'session.verify="{verify}"')
+    if patience is not None:
+        changes.append(f"session.patience={patience}")
     if scheme is not None:
         changes.append(f"session.scheme={scheme}")
     if steps is not None:

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 from tempo.engine.link import Link
 from tempo.engine.recall import Recall
-from tempo.errors import ProtectionWarning, SchemeError, WorkerError, WorkerLiedError, WorkerLostError
+from tempo.errors import (
+    ProtectionWarning,
+    SchemeError,
+    WorkerError,
+    WorkerLiedError,
+    WorkerLostError,
+    WorkerRefusedError,
+)
 from tempo.schemes.base import Scheme, Target
 
 log = logging.getLogger("tempo")
@@ -45,8 +52,8 @@ class Crew:
         self._recall = recall
         self._patience = patience
         self.incidents: list[Incident] = []
-        self.lies = 0
-        """How many operators were found lying: what was masked for one of them is masked anew for the others."""
+        self.banned: set[str] = set()
+        """Operators found lying. What was masked for one of them is masked anew for the others."""
         self._gone: set[int] = set()
 
     @property
@@ -122,7 +129,8 @@ class Crew:
         operators = {self.links[number].address.operator for number in self.present}
         self.incidents.append(Incident(str(self.links[error.worker].address), step, error.bare()))
         self._gone.update(leaving)
-        self.lies += lied
+        if lied:
+            self.banned.add(operator)
         for number in leaving:
             self.links[number].close()
         if sought is not None:
@@ -140,7 +148,16 @@ class Crew:
             )
 
     def join(self, link: Link, share: float) -> int:
-        """Let one more worker take part; returns its number."""
+        """Let one more worker take part; returns its number.
+
+        Raises:
+            WorkerRefusedError: Its operator lied before: every return would be one more try.
+        """
+        if link.address.operator in self.banned:
+            link.close()
+            raise WorkerRefusedError(
+                f"worker {link.address}: operator {link.address.operator!r} is banned, for it lied"
+            )
         link.index = len(self.links)
         self.links.append(link)
         self.shares.append(share)
@@ -155,14 +172,19 @@ class Crew:
 
     def _welcome(self, number: int, link: Link) -> None:
         """A worker is back: under a new number, for what it held is gone."""
-        log.warning("worker %s is back", link.address)
-        self.join(link, self.shares[number])
+        try:
+            self.join(link, self.shares[number])
+        except WorkerRefusedError as error:
+            log.warning("%s", str(error))
+        else:
+            log.warning("worker %s is back", link.address)
 
     def _wait_for_one(self, error: WorkerError, sought: Recall | None) -> None:
         if sought is not None:
             log.error("%s; no worker is left: waiting up to %g s for one to come back", str(error), self._patience)
             if back := sought.returned(self._patience):
                 self._welcome(*back)
+            if self.present:
                 return
         log.error("%s; no worker is left", str(error))
         raise error

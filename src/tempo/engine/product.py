@@ -35,7 +35,7 @@ class StoredWeight:
         self.shapes_w = {operand.worker: tuple(operand.tensors["w"].shape) for operand in encoded.operands}
         self.number = engine.new_number()
         self.rows_served = 0
-        self.lies = engine.crew.lies
+        self.banned = len(engine.crew.banned)
         self.checks = engine.verifier.weights(engine, product.number, product.kind, encoded.operands)
         self._batch: Batch | None = engine.batch(product)
         engine.forget_after(self, self.workers, weight=self.number)
@@ -164,7 +164,7 @@ class Product:
             and stored.dtype == weights[0].dtype
             and fingerprint == self._fingerprint
             and stored.rows_served < engine.settings.rekey_rows
-            and stored.lies == engine.crew.lies  # what a liar held is not used again
+            and stored.banned == len(engine.crew.banned)  # what a liar held is not used again
             and {target.worker for target in targets} <= set(stored.workers)
         ):
             return stored
