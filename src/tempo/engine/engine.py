@@ -59,7 +59,7 @@ class Engine:
         self.scheme = scheme
         self.keys = KeySchedule()
         self.stats = Stats()
-        self.planner = Planner(settings.placement, links)
+        self.planner = Planner(settings.placement, links, settings.verify != "off")
         self.crew = Crew(links, self.planner.shares, recall, settings.patience)
         self.crew.check(scheme)
         self.verifier = Verifier(settings.verify)

@@ -25,7 +25,10 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Seconds that one offloaded call saves (its product) and costs the trusted side, and those a worker computes."""
+    """Seconds that one offloaded call saves (its product) and costs the trusted side, and those a worker computes.
+
+    ``mask`` includes checks of answers.
+    """
 
     saved: float
     mask: float
@@ -38,6 +41,9 @@ class Estimate:
         return self.mask + self.wire
 
 
+CHECK_SECONDS = 1.0e-9
+"""Checking one element of an operand or answer on one core, about (docs/decisions/0014)."""
+
 OFFLOADED = Decision(True, "offloaded")
 
 
@@ -47,12 +53,14 @@ class Planner:
     Args:
         placement: ``all`` sends everything that can be sent; ``auto`` what pays.
         links: The session's workers.
+        checked: Whether answers are checked.
 
     The workers' own compute time is left out: a worker stands for a GPU, and a local CPU worker for trying things out.
     """
 
-    def __init__(self, placement: str, links: Sequence[Link]) -> None:
+    def __init__(self, placement: str, links: Sequence[Link], checked: bool = True) -> None:
         self.placement = placement
+        self._check_seconds = CHECK_SECONDS if checked else 0.0
         self.measurements = [link.measure() for link in links]
         self._total = sum(m.flops_per_s for m in self.measurements)
         self.shares = [m.flops_per_s / self._total for m in self.measurements]
@@ -105,6 +113,7 @@ class Planner:
         up, down = inputs + weights, outputs
         mask = inputs * scheme.mask_seconds_per_element(x[1]) + outputs * scheme.mask_seconds_per_element(w[0])
         mask += weights * scheme.mask_seconds_per_element(max(x[1], w[0]))
+        mask += (inputs + outputs + weights) * self._check_seconds
         if training:  # as much again: g goes up; dx and dw come down
             up, down = up + outputs, down + inputs + weights
             mask *= 2
