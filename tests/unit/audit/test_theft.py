@@ -7,8 +7,9 @@ from copy import deepcopy
 import pytest
 import torch
 
-from tempo.audit import theft, victims
+from tempo.audit import theft
 from tempo.audit.attack import NotApplicable
+from tempo.audit.controls import victims
 from tempo.audit.truth import Truth
 
 
