@@ -26,7 +26,8 @@ bench: .venv/.installed
 	$(BIN)/tempo bench --model vit-small
 
 chaos: .venv/.installed
-	TEMPO_CHAOS_RUNS=200 TEMPO_CHAOS_TABLE=chaos.json $(BIN)/python -m pytest -q tests/integration/test_chaos.py
+	TEMPO_CHAOS_RUNS=200 TEMPO_CHAOS_KILLS=100 TEMPO_CHAOS_TABLE=chaos.json \
+		$(BIN)/python -m pytest -q tests/integration/test_chaos.py tests/integration/test_killed_runs.py
 
 test-gpu: .venv/.installed
 	$(BIN)/python -m pytest -m gpu tests/gpu
