@@ -78,7 +78,7 @@ def test_a_worker_killed_at_any_request_of_a_step_costs_nothing(after, caplog):
     with open_session() as session:
         count = requests_of(session, 1)
     assert count >= 3 * 2 * STEPS  # every layer forward and backward, and weights
-    for number in range(1 + after, count + 1, 7):
+    for number in range(1 + after, count - 6, 7):
         caplog.clear()
         with open_session() as session, caplog.at_level(logging.ERROR, "tempo"):
             model = session.protect(network())
@@ -175,11 +175,10 @@ def test_gradients_at_a_lost_worker_are_computed_again_when_they_are_asked_for(c
         request = link.request
 
         def fatal(message, tensors, wants):
-            futures = request(message, tensors, wants)
             if "dw" in wants and "dx" not in wants:  # the first layer: nothing comes after it
                 link.process.kill()
                 link.process.wait()
-            return futures
+            return request(message, tensors, wants)
 
         link.request = fatal
         y.backward()

@@ -90,7 +90,7 @@ class Batch:
         """
         engine = self.engine
         if name in self._failed:
-            raise self._failed[name]
+            raise self._failed[name].bare()
         replies: dict[int, Tensor] = {}
         try:
             self._receive(name, replies)

@@ -123,8 +123,9 @@ class Crew:
             if number == error.worker or (lied and self.links[number].address.operator == operator)
         ]
         rest = [number for number in self.present if number not in leaving]
-        sought = self._recall if isinstance(error, WorkerLostError) and self._patience else None
-        if not rest and not lied and sought is None:
+        recall = self._recall if self._patience else None
+        lost = isinstance(error, WorkerLostError)
+        if not rest and not lied and not (lost and recall):
             raise error  # a worker that is out of memory, say, may have enough for the next batch
         operators = {self.links[number].address.operator for number in self.present}
         self.incidents.append(Incident(str(self.links[error.worker].address), step, error.bare()))
@@ -133,10 +134,10 @@ class Crew:
             self.banned.add(operator)
         for number in leaving:
             self.links[number].close()
-        if sought is not None:
-            sought.seek(error.worker, self.links[error.worker])
+        if lost and recall is not None:
+            recall.seek(error.worker, self.links[error.worker])
         if not rest:
-            self._wait_for_one(error, sought)
+            self._wait_for_one(error, recall)
             return
         left = ", ".join(str(self.links[number].address) for number in rest)
         log.error("%s; going on without it%s, with: %s", str(error), " and its operator" if lied else "", left)
@@ -179,10 +180,10 @@ class Crew:
         else:
             log.warning("worker %s is back", link.address)
 
-    def _wait_for_one(self, error: WorkerError, sought: Recall | None) -> None:
-        if sought is not None:
+    def _wait_for_one(self, error: WorkerError, recall: Recall | None) -> None:
+        if recall is not None and recall.sought:
             log.error("%s; no worker is left: waiting up to %g s for one to come back", str(error), self._patience)
-            if back := sought.returned(self._patience):
+            if back := recall.returned(self._patience):
                 self._welcome(*back)
             if self.present:
                 return

@@ -32,17 +32,22 @@ class Recall:
         self._back: SimpleQueue[tuple[int, Link]] = SimpleQueue()
         self._over = threading.Event()
         self._lock = threading.Lock()
+        self.sought = 0
+        """How many are being sought, or are back and were not taken yet."""
 
     def seek(self, number: int, lost: Link) -> None:
         """Begin to seek the worker of that number."""
+        self.sought += 1
         threading.Thread(target=self._seek, args=(number, lost), name=f"recall {lost.address}", daemon=True).start()
 
     def returned(self, patience: float = 0.0) -> tuple[int, Link] | None:
         """A worker that is back, under its old number; waits for one so many seconds."""
         try:
-            return self._back.get(timeout=patience) if patience else self._back.get_nowait()
+            found = self._back.get(timeout=patience) if patience else self._back.get_nowait()
         except Empty:
             return None
+        self.sought -= 1
+        return found
 
     def close(self) -> None:
         """Seek no more; connections that nobody took are closed."""
