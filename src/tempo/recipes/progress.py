@@ -20,7 +20,7 @@ _LINES: Final = 20
 _WINDOW: Final = 20
 """Steps that the figures shown are averaged over."""
 
-_PLACES: Final = {"mask": "mask", "wire": "wire", "worker": "worker", "trusted": "trusted layers"}
+_PLACES: Final = {"mask": "mask", "verify": "check", "wire": "wire", "worker": "worker", "trusted": "trusted layers"}
 
 
 @final
