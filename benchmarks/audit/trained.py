@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from sparse_frame import CAP, mask
 from torch import Tensor
 
 from tempo.audit import rehearsal
@@ -26,16 +27,11 @@ from tempo.bench.measure import machine
 from tempo.keys import KeySchedule
 from tempo.recipes import recipe
 from tempo.schemes import cloak
-from tempo.schemes.masks import Form, draw_blocks
-from tempo.schemes.sandwich import sandwich
 from tempo.wire.messages import Linear
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BLOCKS = [4, 8, 16, 32]
 RANK = 16
-CAP = 2.0
-"""Delta errors are cut here: all above mean that wrong masks were found."""
-
 WEIGHTS = {
     "audit_vit.toml": {
         "ViT, query": "vit.layers.0.attention.q_proj.weight",
@@ -47,14 +43,6 @@ WEIGHTS = {
 }
 
 
-def mask(features: int, block: int, keys: KeySchedule) -> Tensor:
-    """A mask of one round, dense."""
-    operator = draw_blocks(keys.fresh(0, "w").stream("A"), features, block, 1, 1.0).operator(Form.PLAIN)
-    matrix = torch.empty(features, features, dtype=torch.float64)
-    sandwich(torch.eye(features, dtype=torch.float64), operator, None, matrix)
-    return matrix
-
-
 def attack(base: Tensor, w: Tensor, block: int, rank: int) -> float:
     """Delta error of who knows ``base`` (m×d×taps) and sees ``w`` under blocks of ``block`` and a cloak of ``rank``."""
     keys = KeySchedule()
@@ -63,7 +51,7 @@ def attack(base: Tensor, w: Tensor, block: int, rank: int) -> float:
     if rank:
         drawn = cloak.draw(keys.fresh(0, "w").stream("cloak"), Linear(), flat, rank)
         sent = drawn.cover(flat).reshape(w.shape)
-    p, a = mask(w.shape[0], block, keys), mask(w.shape[1], block, keys)
+    p, a = mask(w.shape[0], block, 1, keys), mask(w.shape[1], block, 1, keys)
     masked = torch.einsum("mn,ndt,ed->met", p, sent, a)
     best = None
     for band in (0.0, 0.03) if rank else (0.0,):

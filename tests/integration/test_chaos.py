@@ -20,7 +20,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import small_job
 import torch
+from small_job import network
 from torch import nn
 
 from tempo.engine.link import Link
@@ -51,23 +53,8 @@ def fork() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 5))
-
-
 def losses(model: nn.Module, steps: int = 4) -> list[float]:
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    generator = torch.Generator().manual_seed(1)
-    found = []
-    for _ in range(steps):
-        x = torch.randn(12, 3, 6, 6, generator=generator)
-        optimizer.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward()
-        optimizer.step()
-        found.append(loss.item())
-    return found
+    return small_job.losses(model, steps)
 
 
 def strike(link: Link, process: BaseProcess, fault: str, at: int, *, after: bool) -> None:

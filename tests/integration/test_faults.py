@@ -6,9 +6,12 @@ import copy
 import logging
 import signal
 import time
+from functools import partial
 
 import pytest
+import small_job
 import torch
+from small_job import network
 from torch import nn
 
 import tempo
@@ -17,24 +20,7 @@ from tempo.session import Session
 
 STEPS = 2
 
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 5))
-
-
-def losses(model: nn.Module) -> list[float]:
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    generator = torch.Generator().manual_seed(1)
-    found = []
-    for _ in range(STEPS):
-        x = torch.randn(12, 3, 6, 6, generator=generator)
-        optimizer.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward()
-        optimizer.step()
-        found.append(loss.item())
-    return found
+losses = partial(small_job.losses, steps=STEPS)
 
 
 def requests_of(session: Session, worker: int) -> int:

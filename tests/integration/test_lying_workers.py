@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
+import small_job
 import torch
+from small_job import network
 from torch import nn
 
 from tempo.engine.link import Link
@@ -41,23 +43,8 @@ def session_with(*lies: str, operators: tuple[str, ...] = (), **fields) -> Itera
         yield stack.enter_context(Session(links, settings, "0123456789abcdef"))
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 5))
-
-
 def losses(model: nn.Module, steps: int = 3) -> list[float]:
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    generator = torch.Generator().manual_seed(1)
-    found = []
-    for _ in range(steps):
-        x = torch.randn(12, 3, 6, 6, generator=generator)
-        optimizer.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward()
-        optimizer.step()
-        found.append(loss.item())
-    return found
+    return small_job.losses(model, steps)
 
 
 @pytest.mark.parametrize("lie", LIES)

@@ -63,7 +63,7 @@ class Measurement(msgspec.Struct, kw_only=True):
 
 
 class _Lenient(Verifier):
-    """Checks as ever and lets everything pass: a null worker's answers are zeros."""
+    """Checks as ever and lets everything pass: a null worker's answers mean nothing."""
 
     def judge(self, address: str, step: int, name: str, answer: Tensor, residual: Residual) -> None:
         """Never an error."""

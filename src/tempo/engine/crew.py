@@ -148,8 +148,8 @@ class Crew:
                 stacklevel=2,
             )
 
-    def join(self, link: Link, share: float) -> int:
-        """Let one more worker take part; returns its number.
+    def join(self, link: Link, share: float) -> None:
+        """Let one more worker take part.
 
         Raises:
             WorkerRefusedError: Its operator lied before: every return would be one more try.
@@ -162,7 +162,6 @@ class Crew:
         link.index = len(self.links)
         self.links.append(link)
         self.shares.append(share)
-        return link.index
 
     def close(self) -> None:
         """Seek nobody any more, and close all links."""

@@ -30,14 +30,7 @@ FALSE_ALARM: Final = 1e-12
 @cache
 def threshold(vectors: int) -> float:
     """What a chi variable of ``vectors`` degrees of freedom exceeds with probability `FALSE_ALARM`."""
-    low, high = 0.0, 64.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if _tail(middle * middle, vectors) > FALSE_ALARM:
-            low = middle
-        else:
-            high = middle
-    return high
+    return _exceeded_with(FALSE_ALARM, vectors)
 
 
 def miss(ratio: float, vectors: int) -> float:
@@ -58,14 +51,19 @@ def unseen_ratio(answers: int, vectors: int, survival: float = 0.5) -> float:
     Under vectors drawn anew for each answer; where some share vectors and the error's direction, those count as one.
     """
     allowed = 1 - survival ** (1 / answers)
+    return 1 / _exceeded_with(allowed, vectors)
+
+
+def _exceeded_with(probability: float, vectors: int) -> float:
+    """What a chi variable of ``vectors`` degrees of freedom exceeds with ``probability``."""
     low, high = 0.0, 64.0
     for _ in range(60):
         middle = (low + high) / 2
-        if _tail(middle * middle, vectors) > allowed:
+        if _tail(middle * middle, vectors) > probability:
             low = middle
         else:
             high = middle
-    return 1 / high
+    return high
 
 
 def _tail(square: float, vectors: int) -> float:
