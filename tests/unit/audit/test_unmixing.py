@@ -127,3 +127,6 @@ def test_what_features_have_in_common_is_not_taken_for_separation():
     assert figure.value > 0.5  # any direction goes with the common part
     assert not figure.leaking
     assert figure.value < figure.chance + 0.2
+    # Components that do not go together are no better than chance at less, and so leak from less.
+    white = Unmixing(gathered, whiten(gathered.x)[1])
+    assert separation([white], opened.truth(), "direction").figures[0].chance < figure.chance - 0.2

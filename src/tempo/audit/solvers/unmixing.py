@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from tempo.schemes.sandwich import sandwich
 ROWS: dict[Effort, int] = {"quick": 1 << 13, "full": 1 << 17}
 WIDTH: dict[Effort, int] = {"quick": 128, "full": 1024}
 PRODUCTS: dict[Effort, int] = {"quick": 3, "full": 1000}
+UNCORRELATED = 0.1
+"""Correlation of components, in root mean square, up to which they count as uncorrelated."""
+
 CHANCES = 4
 """Random rotations that the level of chance is the mean of."""
 
@@ -77,17 +81,20 @@ def features_masked(known: CallTruth) -> Tensor:
 def separation(recovered: Sequence[Unmixing], truth: Truth, what: str) -> Outcome:
     """Mean |correlation| of plain features with recovered ones, assigned one to one; mixed rows do not count.
 
-    Chance is the same after a random rotation, of whitened features or of features as they are, whichever is more:
-    features with common causes correlate with anything.
+    Chance is the same after a random rotation of whitened features or, where the guess's own components are correlated,
+    of features as they are if that is more: features with common causes correlate with anything.
     """
     best, chance = 0.0, 0.0
     for guess in recovered:
         known = [truth.of(call) for call in guess.gathered.calls]
         plain = _stack([flat(k["x"]) for k in known], 1 << 14)
         masked = _stack([flat(features_masked(k)) for k in known], 1 << 14)
-        value = mean_best_correlation(plain, masked @ guess.matrix)
+        components = masked @ guess.matrix
+        value = mean_best_correlation(plain, components)
         if value >= best:
-            best, chance = value, max(_by_chance(plain, whiten(masked)[0]), _by_chance(plain, masked))
+            best, chance = value, _by_chance(plain, whiten(masked)[0])
+            if not _uncorrelated(components):
+                chance = max(chance, _by_chance(plain, masked))
     return Outcome(
         figures=[
             Figure(
@@ -100,6 +107,13 @@ def separation(recovered: Sequence[Unmixing], truth: Truth, what: str) -> Outcom
             )
         ]
     )
+
+
+def _uncorrelated(components: Tensor) -> bool:
+    """Whether columns correlate with one another no more than `UNCORRELATED`, in root mean square."""
+    between = torch.corrcoef(components.T).nan_to_num_()
+    pairs = len(between) * max(len(between) - 1, 1)
+    return float(between.fill_diagonal_(0.0).norm()) <= UNCORRELATED * sqrt(pairs)
 
 
 def _by_chance(plain: Tensor, features: Tensor) -> float:
