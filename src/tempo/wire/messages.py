@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of everything in this file; a hello with another one is refused."""
 
 DType = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"]
@@ -70,6 +70,59 @@ class Conv(_Struct, frozen=True, tag="conv"):
 Product = Linear | Conv
 
 
+# --- optimizers that a worker may run on a stored weight: hyper-parameters of one step, named as in `torch.optim` --------
+
+
+class Sgd(_Struct, frozen=True, tag="sgd"):
+    """Gradient descent, with momentum unless that is 0."""
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+
+
+class Adam(_Struct, frozen=True, tag="adam"):
+    """Adam; AdamW where ``decoupled``. ``steps`` were made before this one."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    amsgrad: bool
+    maximize: bool
+    steps: Number
+
+
+class Lion(_Struct, frozen=True, tag="lion"):
+    """The sign of an interpolated momentum."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+
+
+class Muon(_Struct, frozen=True, tag="muon"):
+    """Orthogonalised momentum; ``adjusted_lr`` scales the update, ``lr`` the decay."""
+
+    lr: float
+    adjusted_lr: float
+    weight_decay: float
+    momentum: float
+    nesterov: bool
+    coefficients: tuple[float, float, float]
+    eps: float
+    iterations: Annotated[int, Meta(ge=0, lt=100)]
+
+
+Rule = Sgd | Adam | Lion | Muon
+
+
 # --- from the trusted side ----------------------------------------------------------------------------------------
 
 
@@ -90,7 +143,11 @@ class Segment(_Struct, frozen=True, tag="segment"):
 
 
 class Store(_Request, frozen=True, kw_only=True, tag="store"):
-    """Keep tensor ``w`` under the number ``weight``. Answered by an empty `Result`."""
+    """Keep tensor ``w`` under the number ``weight``. Answered by an empty `Result`.
+
+    With it may come what an optimizer kept of it (``momentum_buffer``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``)
+    and its ``gradient`` so far, all of its shape and dtype, for `Update` to go on with.
+    """
 
     step: Number
     layer: Number
@@ -108,20 +165,45 @@ class Forward(_Request, frozen=True, kw_only=True, tag="forward"):
 
 
 class Backward(_Request, frozen=True, kw_only=True, tag="backward"):
-    """From ``g``, answer ``dx`` (with the stored weight) and/or ``dw`` (with the kept operand), as wanted, in order."""
+    """From ``g``, answer ``dx`` (with the stored weight) and/or ``dw`` (with the kept operand), as wanted, in order.
+
+    With ``accumulate``, ``dw`` is added to the gradient that is kept with the weight, and may not be wanted; where
+    nothing else is, the answer is an empty `Result`.
+    """
 
     step: Number
     layer: Number
     weight: Number
     operand: Number
     product: Product
+    accumulate: bool = False
+
+
+class Update(_Request, frozen=True, kw_only=True, tag="update"):
+    """Change a stored weight by its gradient times ``scale``; drop the gradient. Answered by an empty `Result`."""
+
+    step: Number
+    layer: Number
+    weight: Number
+    rule: Rule
+    scale: float = 1.0
+
+
+class Fetch(_Request, frozen=True, kw_only=True, tag="fetch"):
+    """Answer what is kept of a weight: ``w``, what came with `Store`, or ``norm``, the length of the gradient (1 × float64)."""
+
+    step: Number
+    layer: Number
+    weight: Number
 
 
 class Forget(_Struct, frozen=True, tag="forget"):
-    """Drop weights and operands; unknown numbers are ignored. No answer."""
+    """Drop weights (with all that is kept of them), operands, and gradients of weights that stay; unknown numbers are
+    ignored. No answer."""
 
     weights: tuple[Number, ...] = ()
     operands: tuple[Number, ...] = ()
+    gradients: tuple[Number, ...] = ()
 
 
 class Probe(_Request, frozen=True, kw_only=True, tag="probe"):
@@ -172,6 +254,6 @@ class Alive(_Struct, frozen=True, tag="alive"):
 BEAT = 1.0
 """Seconds between signs of life."""
 
-Request = Store | Forward | Backward | Probe
-ToWorker = Hello | Segment | Store | Forward | Backward | Forget | Probe
+Request = Store | Forward | Backward | Update | Fetch | Probe
+ToWorker = Hello | Segment | Store | Forward | Backward | Update | Fetch | Forget | Probe
 ToTrusted = Welcome | Result | Failure | Alive
