@@ -70,7 +70,7 @@ class Conv(_Struct, frozen=True, tag="conv"):
 Product = Linear | Conv
 
 
-# --- optimizers that a worker may run on a stored weight: hyper-parameters of one step, named as in `torch.optim` --------
+# --- optimizers that a worker may run on a stored weight: hyper-parameters of one step, named as in `torch.optim` --
 
 
 class Sgd(_Struct, frozen=True, tag="sgd"):
@@ -190,7 +190,7 @@ class Update(_Request, frozen=True, kw_only=True, tag="update"):
 
 
 class Fetch(_Request, frozen=True, kw_only=True, tag="fetch"):
-    """Answer what is kept of a weight: ``w``, what came with `Store`, or ``norm``, the length of the gradient (1 × float64)."""
+    """Answer what is kept of a weight: ``w``, what `Store` lists, or ``norm``, its gradient's length (1 × float64)."""
 
     step: Number
     layer: Number
@@ -198,8 +198,10 @@ class Fetch(_Request, frozen=True, kw_only=True, tag="fetch"):
 
 
 class Forget(_Struct, frozen=True, tag="forget"):
-    """Drop weights (with all that is kept of them), operands, and gradients of weights that stay; unknown numbers are
-    ignored. No answer."""
+    """Drop weights (with all that is kept of them), operands, and gradients of weights that stay. No answer.
+
+    Unknown numbers are ignored.
+    """
 
     weights: tuple[Number, ...] = ()
     operands: tuple[Number, ...] = ()
