@@ -89,6 +89,8 @@ class _Offload(torch.autograd.Function):
             g = whole[0] if members == 1 else torch.cat(whole, 1)
             # Unpacked once at most: under `torch.utils.checkpoint` each time would recompute.
             saved = cache(partial(_saved, ctx))
+            if any(needs_w) and not all(needs_w) and ctx.call.residence is not None:
+                ctx.call.residence.end("only some of the outputs that it has with others are used")
             dx, weight_gradients = ctx.call.backward(g, saved, want_dx=needs_x, want_dw=any(needs_w))
             if weight_gradients is not None:
                 _hand_over(weight_gradients, ctx.pending)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tempo.errors import WeightAwayError
 
@@ -85,6 +86,22 @@ def bring_back(parameter: Tensor, values: Tensor) -> None:
 def residence_of(parameter: Tensor) -> Residence | None:
     """Where the values of ``parameter`` are, if not here."""
     return parameter._residence if isinstance(parameter, AwayParameter) else None
+
+
+def follow_state(module: nn.Module) -> list[RemovableHandle]:
+    """Have ``module.state_dict()`` and ``load_state_dict()`` see weights that are here."""
+
+    def recall(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if (residence := residence_of(parameter)) is not None:
+                residence.recall()
+
+    def make_way(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if (residence := residence_of(parameter)) is not None:
+                residence.abandon() if residence.lost else residence.recall()
+
+    return [module.register_state_dict_pre_hook(recall), module.register_load_state_dict_pre_hook(make_way)]
 
 
 def changed(parameter: Tensor) -> None:

@@ -72,6 +72,8 @@ class Engine:
         self._abandoned: deque[Futures] = deque()  # appended to by finalizers, which must not take locks
         self.terms: Callable[[Sequence[Tensor]], Terms | None] = lambda _: None
         """How workers update weights, or None where this side does; `Session.optimizer` sets it."""
+        self.together: Callable[[Sequence[Tensor]], bool] = lambda _: True
+        """Whether weights may be one product, for all that is known of their updates."""
         self.residences: set[Residence] = set()
         """Weights that live on workers."""
         self.unsettled: weakref.WeakSet[WeightGradients] = weakref.WeakSet()

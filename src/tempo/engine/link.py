@@ -216,9 +216,7 @@ class Link:
         elif lent := self._lent.pop(tensor.data_ptr(), None):
             self._outgoing.give(lent)
 
-    def forget(
-        self, weights: Iterable[int] = (), operands: Iterable[int] = (), gradients: Iterable[int] = ()
-    ) -> None:
+    def forget(self, weights: Iterable[int] = (), operands: Iterable[int] = (), gradients: Iterable[int] = ()) -> None:
         """Let the worker drop these, before the next request. Only takes note, so finalizers may call it."""
         for what, numbers in ("weights", weights), ("operands", operands), ("gradients", gradients):
             self._forgotten.extend((what, number) for number in numbers)

@@ -117,12 +117,12 @@ class Product:
             stored, weight = self._store(here, sources, targets, again), partial(_whole, here)
         with engine.stats.timed("mask"):
             self.check_finite(x, "input")
-            encoded = stored.encoded.encode_input(
-                x, engine.keys.fresh(self.number, "x"), targets, engine.empty, weight
-            )
+            encoded = stored.encoded.encode_input(x, engine.keys.fresh(self.number, "x"), targets, engine.empty, weight)
         engine.stats.encryptions["x"] += 1
         stored.rows_served += x.numel() // x.shape[1]  # of a convolution, every pixel is a row
-        return Call(self, stored, encoded, weight, (tuple(x.shape), shape_w), [len(w) for w in weights], keep, residence)
+        return Call(
+            self, stored, encoded, weight, (tuple(x.shape), shape_w), [len(w) for w in weights], keep, residence
+        )
 
     def _settled(self, x: Tensor, weights: Sequence[Tensor], keep: bool) -> Residence | None:
         """Where the weights live for this call: None, and here, or on a worker, where they may be taken just now."""
@@ -193,5 +193,3 @@ class Product:
 def _whole(weights: Sequence[Tensor]) -> Tensor:
     """The weight of a product: its members', one after the other."""
     return weights[0] if len(weights) == 1 else torch.cat(list(weights))
-
-

@@ -45,6 +45,10 @@ class Terms(ABC):
         """What the optimizer keeps of ``parameters``, one after the other along axis 0."""
 
     @abstractmethod
+    def drop(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Let go of `state`: from now on it is elsewhere."""
+
+    @abstractmethod
     def keep(self, parameters: Sequence[nn.Parameter], state: Mapping[str, Tensor], steps: int) -> None:
         """Let the optimizer keep ``state``, ``steps`` after `state` was called; its reverse."""
 
@@ -98,6 +102,7 @@ class Residence:
                 self.sketch = Sketch(tensors["w"], key, kept, tensors.get("gradient"))
         checks = {} if self.sketch is None else {target.worker: self.sketch.check}
         self.stored = StoredWeight(product, encoded, [target], self.dtype, checks)
+        terms.drop(self.parameters)
         for parameter in self.parameters:
             put_away(parameter, self)
         engine.residences.add(self)
