@@ -121,8 +121,8 @@ def _why(parameter: AwayParameter | None, func: Any) -> str:
     where = "" if residence is None else f"layer {residence.name!r}: "
     if owner == "grad":
         return (
-            f"{where}the gradient of its weight is on a worker (update='worker'): step, zero_grad and state_dict of the "
-            "optimizer that session.optimizer() gave work; to clip use session.clip_grad_norm_(), and for the gradient "
+            f"{where}the gradient of its weight is on a worker (update='worker'): step, zero_grad and state_dict "
+            "of the optimizer that session.optimizer() gave work; to clip use session.clip_grad_norm_(), and for the gradient "
             "itself call session.fetch_weights() first"
         )
     return (

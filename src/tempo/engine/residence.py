@@ -249,7 +249,7 @@ class Residence:
 
     def _wanted(self, *names: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         shape = self.stored.shapes_w[self.target.worker]
-        return {name: (shape, self.dtype) for name in names}
+        return dict.fromkeys(names, (shape, self.dtype))
 
     def _fetch(self, wants: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
         """Have the worker send what it keeps, and check it against the sketches."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-
 from tempo.optim.lion import Lion
 from tempo.optim.muon import Muon
+
 from tempo.wire import messages
 from tempo.wire.messages import Rule
 

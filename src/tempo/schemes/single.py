@@ -32,7 +32,6 @@ from tempo.schemes.operators import work_dtype
 from tempo.wire.messages import Muon, Rule
 from tempo.worker.update import apply
 
-
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
 """What optimizers keep that knows no signs."""
 
