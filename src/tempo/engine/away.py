@@ -122,8 +122,8 @@ def _why(parameter: AwayParameter | None, func: Any) -> str:
     if owner == "grad":
         return (
             f"{where}the gradient of its weight is on a worker (update='worker'): step, zero_grad and state_dict "
-            "of the optimizer that session.optimizer() gave work; to clip use session.clip_grad_norm_(), and for the gradient "
-            "itself call session.fetch_weights() first"
+            "of the optimizer that session.optimizer() gave work; to clip use session.clip_grad_norm_(), and for the "
+            "gradient itself call session.fetch_weights() first"
         )
     return (
         f"{where}its weight is on a worker (update='worker'), so {owner or name} would read a stale one: use "
