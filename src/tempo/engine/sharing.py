@@ -80,7 +80,7 @@ class Group:
             if site is not leader:
                 found.append((site, *parameters()))
         fits = all(w.shape[1] == weight.shape[1] and w.dtype == weight.dtype for _, w, _ in found)
-        return found if fits else []
+        return found if fits and leader.engine.together([w for _, w, _ in found]) else []
 
     def compute(self, members: list[tuple[Site, Tensor, Tensor | None]], x: Tensor) -> Tensor:
         """Compute all members' outputs; stash all but the first, which is returned."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tempo.engine.autograd import offload
+from tempo.engine.away import residence_of
 from tempo.engine.dtypes import WIRE_DTYPES, compute_dtype
 from tempo.engine.geometry import flops, output_shape
 from tempo.engine.patches import patches
@@ -145,11 +146,15 @@ class Site:
             decision = Decision(False, self.keep_trusted)
         elif cost == 0:
             decision = Decision(False, "empty")
-        elif reason := _out_of_reach(x, weight) or self.scheme.refuses(kind, shape, tuple(weight.shape)):
+        elif (reason := _out_of_reach(x, weight)) is None and residence_of(weight) is not None:
+            decision = Decision(True, "offloaded; its weight lives on a worker")
+        elif reason := reason or self.scheme.refuses(kind, shape, tuple(weight.shape)):
             decision = Decision(False, reason)
         else:
             training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
             decision = self.engine.planner.decide(self.scheme, shape, tuple(weight.shape), cost, dtype, training)
+        if not decision.offload and (residence := residence_of(weight)) is not None:
+            residence.recall()
         self.usage.reason = decision.reason
         if decision.offload:
             self.usage.offloaded += cost
