@@ -99,7 +99,10 @@ def follow_state(module: nn.Module) -> list[RemovableHandle]:
     def make_way(module: nn.Module, *_: Any) -> None:
         for parameter in module.parameters(recurse=False):
             if (residence := residence_of(parameter)) is not None:
-                residence.abandon() if residence.lost else residence.recall()
+                if residence.lost is None:
+                    residence.recall()
+                else:
+                    residence.abandon()
 
     return [module.register_state_dict_pre_hook(recall), module.register_load_state_dict_pre_hook(make_way)]
 

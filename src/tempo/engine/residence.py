@@ -277,8 +277,8 @@ class Residence:
     def _loss(self, why: str) -> WeightsLostError:
         lost = WeightsLostError(
             f"layer {self.name!r}: its weight lived on worker {self.where} (update='worker') and is lost with "
-            f"{self.steps} updates since it was last here: {why}. Load the last checkpoint into model and optimizer to "
-            "go on (tempo train does so by itself)"
+            f"{self.steps} updates since it was last here: {why}. To go on, call session.abandon_lost_weights() and load "
+            "the last checkpoint into model and optimizer (tempo train does so by itself)"
         )
         lost.worker = self.target.worker
         return lost
