@@ -126,6 +126,7 @@ class Sketch:
             raise ValueError(f"no sketch follows {type(rule).__name__}: its step is not linear in the gradient")
         if self._gradient is None:
             raise ValueError("there is no gradient to update by")
+        rule, scale = self._as_computed(rule), self._rounded(scale)
         before, gradient = self._w.clone(), self._gradient.mul_(scale)
         decayed = gradient + rule.weight_decay * before
         self._errors[2, 2] *= scale**2
@@ -211,6 +212,20 @@ class Sketch:
             known = self._unmasked = masks.A, masks.P, r.to(self.check.work), v.to(self.check.work)
         return known[2:]
 
+    def _as_computed(self, rule: Sgd) -> Sgd:
+        """With numbers as the worker's arithmetic takes them: what they lack would be missed in every step alike."""
+        return Sgd(
+            lr=self._rounded(rule.lr),
+            momentum=self._rounded(rule.momentum),
+            dampening=1 - self._rounded(1 - rule.dampening),
+            weight_decay=self._rounded(rule.weight_decay),
+            nesterov=rule.nesterov,
+            maximize=rule.maximize,
+        )
+
+    def _rounded(self, number: float) -> float:
+        return float(torch.tensor(number, dtype=self.check.work))
+
     def _round(self, change: Tensor) -> None:
         """Errors that a step's last operations add."""
         of_w, of_change, apart = (_lengths(seen) for seen in (self._w, change, change - self._change))
@@ -230,7 +245,8 @@ class Sketch:
 
 def _lengths(seen: Tensor) -> Tensor:
     """Estimates of the lengths of all input features (d), then of all output features (m)."""
-    return seen.norm(dim=0) / sqrt(len(seen))
+    found: Tensor = seen.norm(dim=0) / sqrt(len(seen))
+    return found
 
 
 def _carried(errors: Tensor, rule: Sgd, state: Mapping[str, Tensor]) -> Tensor:
