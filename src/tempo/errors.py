@@ -91,6 +91,18 @@ class WorkerLiedError(WorkerError):
     """An answer of the worker failed verification: it computed something else. Names layer, step and residual."""
 
 
+class WeightAwayError(TempoError, RuntimeError):
+    """A weight or gradient was read that lives on a worker (``update="worker"``). Says what to call instead."""
+
+
+class WeightsLostError(WorkerError):
+    """A worker is gone, and with it weights that lived on it. Load a checkpoint to go on."""
+
+
+class UpdateError(TempoError):
+    """An optimizer cannot run on masked weights, or not be verified there. Names those that can."""
+
+
 class CheckpointError(TempoError):
     """A checkpoint is missing, damaged, of another model, or could not be written."""
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tempo import schemes
 from tempo.conditions import conditions
+from tempo.engine.away import follow_state, residence_of
 from tempo.engine.coverage import TrustedProducts
 from tempo.engine.crew import Incident
 from tempo.engine.engine import Engine
@@ -22,15 +26,17 @@ from tempo.engine.memory import keep_heap
 from tempo.engine.recall import Recall
 from tempo.engine.stats import Stats
 from tempo.engine.truth import TruthRecorder
-from tempo.errors import ProtectionWarning, SettingsError
+from tempo.errors import ProtectionWarning, SettingsError, WorkerError
 from tempo.initial import Origin, origin
 from tempo.layers.protect import ProtectedLayer, protect, unprotect
+from tempo.optim.updates import Updates, clip_grad_norm_
 from tempo.schemes.base import Scheme
 from tempo.settings import Settings, parse
 from tempo.summary import ProtectedModel, Summary
 from tempo.wire.address import Address
 
 M = TypeVar("M", bound=nn.Module)
+O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741 - of the optimizer
 
 log = logging.getLogger("tempo")
 
@@ -100,6 +106,8 @@ class Session:
         self._models: list[ProtectedModel] = []
         self._said: set[str] = set()
         self._presets: dict[str, Scheme] = {}
+        self._updates = Updates(self._engine)
+        self._hooks: list[RemovableHandle] = []
 
     @property
     def settings(self) -> Settings:
@@ -165,8 +173,65 @@ class Session:
         self._warn_of_known_breaks(model, scheme, found)
         return model
 
+    def optimizer(self, optimizer: O) -> O:
+        """Let workers update the protected weights of ``optimizer``, if the setting ``update`` says so.
+
+        It stays the same object, with its interface: ``step``, ``zero_grad``, ``param_groups``, ``state_dict``,
+        schedulers. Weights of fully connected layers then live on a worker each, from one training call to the next;
+        what would read a stale weight or a gradient that is not here raises `WeightAwayError`.
+
+        Args:
+            optimizer: Of parameters of models that are protected already.
+
+        Returns:
+            ``optimizer`` itself.
+
+        Raises:
+            UpdateError: It is not exact under the masks of a model's scheme, or cannot be verified; names those that
+                are and can.
+        """
+        self._engine.check_open()
+        if self.settings.update == "trusted":
+            return optimizer
+        weights = self._weights_to_update()
+        for layer in self._layers:
+            if any(p in weights for p in layer.module.parameters(recurse=False)):
+                self._hooks += follow_state(layer.module)
+        return self._updates.take(optimizer, weights)
+
+    def clip_grad_norm_(self, parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Tensor:
+        """As `torch.nn.utils.clip_grad_norm_`, of gradients here and on workers.
+
+        A worker tells the length of its gradient; a false one shifts the factor by no more than `Sketch.bounds` allows
+        (docs/decisions/0017).
+
+        Returns:
+            The total norm before clipping.
+        """
+        return clip_grad_norm_([parameters] if isinstance(parameters, Tensor) else list(parameters), max_norm)
+
+    def fetch_weights(self) -> None:
+        """Bring all weights and gradients that live on workers back, until the next training call sends them anew.
+
+        Raises:
+            WeightsLostError: A worker is gone.
+        """
+        for residence in list(self._engine.residences):
+            residence.recall()
+
+    def abandon_lost_weights(self) -> None:
+        """After `WeightsLostError`: let parameters hold what they held when they were last here.
+
+        That is out of date: load a checkpoint into model and optimizer next.
+        """
+        for residence in list(self._engine.residences):
+            if residence.lost is not None:
+                residence.abandon()
+
     def unprotect(self, model: M) -> M:
         """Give ``model`` back as it was, with its present weights."""
+        for residence in dict.fromkeys(filter(None, map(residence_of, model.parameters()))):
+            residence.recall()
         unprotect(model)
         gone = set(model.modules())
         self._layers = [layer for layer in self._layers if layer.module not in gone]
@@ -192,8 +257,19 @@ class Session:
         return TrustedProducts(model, self._engine.stats.running)
 
     def close(self) -> None:
-        """Close the connections and stop local workers. Idempotent; protected models need a new session after it."""
-        self._engine.close()
+        """Close the connections and stop local workers. Idempotent; protected models need a new session after it.
+
+        Weights that live on workers are fetched first.
+        """
+        try:
+            self.fetch_weights()
+        except WorkerError as error:
+            log.error("%s", str(error))
+        finally:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+            self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -202,6 +278,24 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _weights_to_update(self) -> dict[nn.Parameter, Scheme]:
+        """Weights of fully connected layers that may go out, each used in one place only; and what masks them."""
+        uses = Counter(
+            id(p)
+            for protected in self._models
+            for module in protected.model.modules()
+            for p in module.parameters(recurse=False)
+        )
+        return {
+            layer.module.weight: layer.site.scheme
+            for layer in self._layers
+            if layer.site is not None
+            and layer.site.keep_trusted is None
+            and isinstance(layer.module, nn.Linear)
+            and type(layer.module.weight) is nn.Parameter
+            and uses[id(layer.module.weight)] == 1
+        }
 
     def _scheme_for(self, found: Origin) -> Scheme:
         """The session's scheme, or the one that stands in for it on a public base."""

@@ -68,12 +68,14 @@ class Call:
     """One use of a product: the weight it used, what came in, what went out, and its backward pass if there was one.
 
     All tensors are masked, as the worker has them: ``x`` T×d, ``w`` m×d, ``y`` T×m, ``g`` T×m, ``dx`` T×d, ``dw`` m×d;
-    of convolutions with spatial axes behind. One that was not part of the call is None.
+    of convolutions with spatial axes behind. One that was not part of the call is None. ``updated`` is the last change
+    that the worker had made to the weight by then, if any.
     """
 
     stored: Record
     forward: Record
     backward: Record | None = None
+    updated: Record | None = None
 
     @property
     def step(self) -> int:
@@ -103,7 +105,7 @@ class Call:
     @property
     def w(self) -> Tensor:
         """``w~``."""
-        return self.stored.tensors["w"]
+        return (self.updated or self.stored).tensors["w"]
 
     @property
     def x(self) -> Tensor:
@@ -168,16 +170,20 @@ def assemble(records: Iterable[Record]) -> list[View]:
     """
     views: dict[str, View] = {}
     weights: dict[tuple[str, int], Record] = {}
+    updates: dict[tuple[str, int], Record] = {}
     open_calls: dict[tuple[str, int], Call] = {}
     for record in sorted(records, key=lambda r: r.sequence):
         view = views.setdefault(record.worker, View(record.worker))
         if record.operation == "store":
             weights[record.worker, record.weight] = record
+            updates.pop((record.worker, record.weight), None)
+        elif record.operation == "update":
+            updates[record.worker, record.weight] = record
         elif record.operation == "forward":
             stored = weights.get((record.worker, record.weight))
             if stored is None:
                 raise AuditError(f"message {record.sequence} uses weight {record.weight}, which was never stored")
-            call = Call(stored, record)
+            call = Call(stored, record, updated=updates.get((record.worker, record.weight)))
             view.calls.append(call)
             if record.operand:
                 open_calls[record.worker, record.operand] = call

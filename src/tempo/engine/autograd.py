@@ -35,7 +35,7 @@ class _WeightGate(torch.autograd.Function):
         ctx.pending = pending
         ctx.dtype = weight.dtype
         ctx.set_materialize_grads(False)
-        return weight.new_empty(0)
+        return torch.empty(0, dtype=weight.dtype)  # asks nothing of a weight that is away
 
     @staticmethod
     @once_differentiable
@@ -61,10 +61,7 @@ class _Offload(torch.autograd.Function):
         members = len(weights)
         biases = tokens_and_biases[members:]
         with torch.autocast(x.device.type, enabled=False):
-            sources = [w.detach() for w in weights]
-            outputs, call = product.call(
-                x, [w.to(x.dtype) for w in sources], sources, keep=any(p is not None for p in pending)
-            )
+            outputs, call = product.call(x, weights, keep=any(p is not None for p in pending))
             for y, bias in zip(outputs, biases, strict=True):
                 if bias is not None:
                     y += bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
@@ -92,6 +89,8 @@ class _Offload(torch.autograd.Function):
             g = whole[0] if members == 1 else torch.cat(whole, 1)
             # Unpacked once at most: under `torch.utils.checkpoint` each time would recompute.
             saved = cache(partial(_saved, ctx))
+            if any(needs_w) and not all(needs_w) and ctx.call.residence is not None:
+                ctx.call.residence.end("only some of the outputs that it has with others are used")
             dx, weight_gradients = ctx.call.backward(g, saved, want_dx=needs_x, want_dw=any(needs_w))
             if weight_gradients is not None:
                 _hand_over(weight_gradients, ctx.pending)
@@ -105,11 +104,10 @@ class _Offload(torch.autograd.Function):
         return None, None, None, dx, *tokens, *biases
 
 
-def _saved(ctx: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The input, the weights in its dtype, and in their own; raises as PyTorch does where they were changed since."""
+def _saved(ctx: Any) -> tuple[Tensor, list[Tensor]]:
+    """The input and the weights; raises as PyTorch does where they were changed since."""
     x, *weights = ctx.saved_tensors
-    sources = [w.detach() for w in weights]
-    return x.detach(), [w.to(x.dtype) for w in sources], sources
+    return x.detach(), weights
 
 
 def _hand_over(weight_gradients: Callable[[], list[Tensor]], pending: Sequence[_Pending | None]) -> None:

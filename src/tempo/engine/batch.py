@@ -16,7 +16,7 @@ from torch import Tensor
 from tempo.errors import WorkerError, WorkerLostError
 from tempo.schemes.base import Operand
 from tempo.verify.checks import Residual
-from tempo.wire.messages import Backward, Forward, Store
+from tempo.wire.messages import Backward, Fetch, Forward, Store, Update
 
 if TYPE_CHECKING:
     from tempo.engine.engine import Engine
@@ -52,7 +52,7 @@ class Batch:
     def post(
         self,
         send: Operand,
-        message: type[Store | Forward | Backward],
+        message: type[Store | Forward | Backward | Update | Fetch],
         wants: Wants,
         checks: Mapping[str, Check] | None = None,
         **fields: Any,
@@ -96,7 +96,7 @@ class Batch:
             self._receive(name, replies)
             with engine.stats.timed("mask"):
                 yield replies
-            engine.stats.decryptions[name] += 1
+            engine.stats.decryptions[name if name in engine.stats.decryptions else "w"] += 1
         except WorkerError as error:
             self._failed[name] = error.bare()
             raise

@@ -6,7 +6,7 @@ import itertools
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,9 @@ from tempo.schemes.base import Scheme, Target
 from tempo.settings import Settings
 
 if TYPE_CHECKING:
-    from tempo.engine.product import Product, WeightGradients
+    from tempo.engine.call import WeightGradients
+    from tempo.engine.product import Product
+    from tempo.engine.residence import Residence, Terms
 
 
 Futures = dict[str, dict[int, Future[Any]]]
@@ -68,6 +70,12 @@ class Engine:
         self.truth = truth
         self._awaited: dict[int, Futures] = {}
         self._abandoned: deque[Futures] = deque()  # appended to by finalizers, which must not take locks
+        self.terms: Callable[[Sequence[Tensor]], Terms | None] = lambda _: None
+        """How workers update weights, or None where this side does; `Session.optimizer` sets it."""
+        self.together: Callable[[Sequence[Tensor]], bool] = lambda _: True
+        """Whether weights may be one product, for all that is known of their updates."""
+        self.residences: set[Residence] = set()
+        """Weights that live on workers."""
         self.unsettled: weakref.WeakSet[WeightGradients] = weakref.WeakSet()
         """Weight gradients that workers may still be computing."""
         self._numbers = itertools.count(1)
@@ -104,8 +112,23 @@ class Engine:
         return self.crew.targets(number, rows, flops < self.settings.divide_flops, operators)
 
     def dismiss(self, error: WorkerError) -> None:
-        """Go on without the worker that ``error`` is about; raises it where nobody is left (see `Crew.dismiss`)."""
-        self.crew.dismiss(error, self.step)
+        """Go on without the worker that ``error`` is about; raises it where nobody is left (see `Crew.dismiss`).
+
+        Raises:
+            WeightsLostError: Weights lived there, and were changed since they were last here.
+        """
+        failure: WorkerError | None = None
+        try:
+            self.crew.dismiss(error, self.step)
+        except WorkerError as raised:
+            failure = raised
+        present = self.crew.present
+        gone = [residence for residence in self.residences if residence.target.worker not in present]
+        lost = [loss for residence in gone if (loss := residence.lose(error)) is not None]
+        if lost:
+            raise lost[0].bare() from error
+        if failure is not None:
+            raise failure
 
     def empty(self, worker: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A send buffer of that worker's link."""

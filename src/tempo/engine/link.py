@@ -114,7 +114,7 @@ class Link:
         self._owner = os.getpid()
         self._lock = threading.RLock()  # orders ids, sends and failure
         self._pending: dict[int, _Pending] = {}
-        self._forgotten: deque[tuple[bool, int]] = deque()
+        self._forgotten: deque[tuple[str, int]] = deque()
         self._lost: WorkerError | None = None
         try:
             self.welcome = self._greet(session, hint)
@@ -216,10 +216,10 @@ class Link:
         elif lent := self._lent.pop(tensor.data_ptr(), None):
             self._outgoing.give(lent)
 
-    def forget(self, weights: Iterable[int] = (), operands: Iterable[int] = ()) -> None:
+    def forget(self, weights: Iterable[int] = (), operands: Iterable[int] = (), gradients: Iterable[int] = ()) -> None:
         """Let the worker drop these, before the next request. Only takes note, so finalizers may call it."""
-        self._forgotten.extend((True, number) for number in weights)
-        self._forgotten.extend((False, number) for number in operands)
+        for what, numbers in ("weights", weights), ("operands", operands), ("gradients", gradients):
+            self._forgotten.extend((what, number) for number in numbers)
 
     def measure(self) -> Measurement:
         """Measure the worker and the way to it by probes: well under a second in all."""
@@ -275,12 +275,9 @@ class Link:
             finally:
                 os.close(segment.fd)
         while self._forgotten:
-            weights: list[int] = []
-            operands: list[int] = []
-            for _ in range(min(len(self._forgotten), _FORGET_BATCH)):
-                is_weight, number = self._forgotten.popleft()
-                (weights if is_weight else operands).append(number)
-            self._channel.send(Forget(tuple(weights), tuple(operands)))
+            batch = [self._forgotten.popleft() for _ in range(min(len(self._forgotten), _FORGET_BATCH))]
+            fields = ("weights", "operands", "gradients")
+            self._channel.send(Forget(**{field: tuple(n for what, n in batch if what == field) for field in fields}))
 
     # --- receiving, on the link's own thread ---
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tempo.engine.autograd import offload
+from tempo.engine.away import residence_of
 from tempo.engine.dtypes import WIRE_DTYPES, compute_dtype
 from tempo.engine.geometry import flops, output_shape
 from tempo.engine.patches import patches
@@ -63,6 +64,12 @@ class Site:
 
     def __reduce__(self) -> str | tuple[object, ...]:
         raise TypeError("a site belongs to a running session and cannot be stored")
+
+    @property
+    def trusted_updates(self) -> list[str]:
+        """Why its weight is updated here although the session lets workers do that."""
+        products = [*self._products.values(), *([] if self.group is None else [self.group.product])]
+        return [product.trusted_updates for product in products if product.trusted_updates]
 
     def linear(self, x: Tensor, parameters: Parameters, trusted: Callable[[], Tensor]) -> Tensor:
         """A fully connected layer on ``x`` of shape (..., features); ``trusted`` computes the same here."""
@@ -145,11 +152,15 @@ class Site:
             decision = Decision(False, self.keep_trusted)
         elif cost == 0:
             decision = Decision(False, "empty")
-        elif reason := _out_of_reach(x, weight) or self.scheme.refuses(kind, shape, tuple(weight.shape)):
+        elif (reason := _out_of_reach(x, weight)) is None and residence_of(weight) is not None:
+            decision = Decision(True, "offloaded; its weight lives on a worker")
+        elif reason := reason or self.scheme.refuses(kind, shape, tuple(weight.shape)):
             decision = Decision(False, reason)
         else:
             training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
             decision = self.engine.planner.decide(self.scheme, shape, tuple(weight.shape), cost, dtype, training)
+        if not decision.offload and (residence := residence_of(weight)) is not None:
+            residence.recall()
         self.usage.reason = decision.reason
         if decision.offload:
             self.usage.offloaded += cost

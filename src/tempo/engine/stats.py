@@ -15,8 +15,8 @@ class Stats:
     encryptions: dict[str, int] = field(default_factory=lambda: {"x": 0, "w": 0, "g": 0})
     """Operands masked: inputs, weights, output gradients (the paper's encryption counts)."""
 
-    decryptions: dict[str, int] = field(default_factory=lambda: {"y": 0, "dx": 0, "dw": 0})
-    """Answers unmasked."""
+    decryptions: dict[str, int] = field(default_factory=lambda: {"y": 0, "dx": 0, "dw": 0, "w": 0})
+    """Answers unmasked; ``w`` counts weights, and what optimizers keep of them, that lived on workers."""
 
     flops_offloaded: int = 0
     """Floating-point operations of products computed by workers, forward and backward."""

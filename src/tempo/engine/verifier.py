@@ -12,12 +12,13 @@ from torch import Tensor
 from tempo.errors import WorkerLiedError
 from tempo.schemes.base import Operand
 from tempo.verify.checks import GradientCheck, InputCheck, Residual, WeightCheck
+from tempo.verify.sketch import Sketch
 from tempo.wire.messages import Product
 
 if TYPE_CHECKING:
     from tempo.engine.engine import Engine
 
-_WHAT = {"y": "output", "dx": "input gradient", "dw": "weight gradient"}
+_WHAT = {"y": "output", "dx": "input gradient", "dw": "weight gradient", "w": "weight"}
 
 
 class Verifier:
@@ -83,11 +84,18 @@ class Verifier:
                 o.worker: inputs[o.worker].backward(o.tensors["g"], want_dx=want_dx, want_dw=want_dw) for o in operands
             }
 
+    def judge_norm(self, address: str, step: int, norm: float, sketch: Sketch) -> None:
+        """Raise `WorkerLiedError` if a gradient cannot be as long as a worker says."""
+        if not sketch.plausible(norm):
+            raise WorkerLiedError(
+                f"worker {address} says in step {step} that a gradient has length {norm:.3g}, which sketches rule out"
+            )
+
     def judge(self, address: str, step: int, name: str, answer: Tensor, residual: Residual) -> None:
         """Raise `WorkerLiedError` if a check failed."""
         if not residual.passed:
             raise WorkerLiedError(
-                f"worker {address} gave a wrong {_WHAT[name]} of shape {tuple(answer.shape)} in step {step}: row "
-                f"{residual.row} is off by {residual.ratio:.3g} times its tolerance (residual {residual.residual:.3g}, "
+                f"worker {address} gave a wrong {_WHAT.get(name, name)} of shape {tuple(answer.shape)} in step {step}: "
+                f"row {residual.row} is off by {residual.ratio:.3g} times its tolerance (residual {residual.residual:.3g}, "
                 f"tolerance {residual.tolerance:.3g}); the answer was not used"
             )

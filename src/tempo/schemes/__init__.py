@@ -8,6 +8,7 @@ from tempo.schemes.insecure_plain import InsecurePlain
 from tempo.schemes.mix import Mix
 from tempo.schemes.mix_tuned import MixTuned
 from tempo.schemes.tempo import Tempo
+from tempo.schemes.tempo_signed import TempoSigned
 from tempo.settings import Settings
 
 REGISTRY: dict[str, type[Scheme]] = {
@@ -15,6 +16,7 @@ REGISTRY: dict[str, type[Scheme]] = {
     for scheme in (
         InsecurePlain,
         Tempo,
+        TempoSigned,
         Mix,
         MixTuned,
     )

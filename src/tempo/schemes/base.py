@@ -19,14 +19,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from tempo.keys import Key
 from tempo.settings import Settings
-from tempo.wire.messages import Conv, Product
+from tempo.wire.messages import Conv, Product, Rule
+
+if TYPE_CHECKING:
+    from tempo.schemes.masks import Masks
 
 Empty = Callable[[int, tuple[int, ...], torch.dtype], Tensor]
 """``empty(worker, shape, dtype)``: a send buffer for that worker, to be written once, by the encoding itself."""
@@ -85,8 +88,6 @@ class Traits:
     """Whether spatial convolutions go out as patches times a matrix (see `tempo.engine.patches`)."""
     public_base_preset: str = ""
     """The scheme to use instead of this one where training starts from a public checkpoint; empty: none is better."""
-    updates: tuple[str, ...] = ("trusted",)
-    optimizers: tuple[str, ...] = ("any",)
     mask_seconds_per_element: float = 1.5e-9
     """Masking or unmasking one element in pure torch on one core, measured on Zen 4 (see benchmarks/)."""
     known_breaks: Mapping[str, str] = field(default_factory=dict)
@@ -98,6 +99,11 @@ class EncodedGradient(ABC):
     """The output gradient under masks, and what undoes the masks of ``dX`` and ``dW``."""
 
     operands: list[Operand]
+
+    @property
+    def corrects_weight_gradient(self) -> bool:
+        """Whether ``dW`` has to be corrected, besides being unmasked: then workers cannot use theirs."""
+        return True
 
     @abstractmethod
     def decode_input_gradient(self, replies: dict[int, Tensor]) -> Tensor:
@@ -150,11 +156,46 @@ class EncodedWeight(ABC):
         """Mask ``X`` for ``targets``, which hold this weight. ``key`` is fresh for every call; ``w`` recalls ``W``."""
 
 
+class UpdatableWeight(EncodedWeight):
+    """A weight under masks that commute with some optimizers, so that a worker may change it: `Scheme.commutes`."""
+
+    masks: Masks
+
+    @abstractmethod
+    def encode_kept(self, name: str, plain: Tensor, key: Key, out: Tensor, *, linear: bool) -> None:
+        """Mask what an optimizer keeps of the weight, or its gradient so far.
+
+        Args:
+            name: ``gradient``, or the name that `torch.optim` has for it.
+            plain: What to mask, of the weight's shape and dtype.
+            key: Fresh.
+            out: Where to write it.
+            linear: Whether the optimizer is linear in it.
+        """
+
+    @abstractmethod
+    def decode_kept(self, name: str, masked: Tensor) -> Tensor:
+        """The weight (``w``), its gradient, or what an optimizer keeps of it, from what a worker has by now."""
+
+    @abstractmethod
+    def follow(self, rule: Rule, scale: float) -> None:
+        """Note that a worker changed the weight by ``rule``, its gradient times ``scale``."""
+
+
 class Scheme(ABC):
     """A way to hide operands from workers. One file and one registry line each."""
 
     name: ClassVar[str]
     traits: ClassVar[Traits]
+
+    @property
+    def commutes(self) -> Literal["with any", "with rotations", "not"]:
+        """With which optimizers the masks of features commute, so that a worker may run them on a masked weight.
+
+        ``with any``: signed permutations, which no element-wise arithmetic notices; ``with rotations``: orthogonal
+        ones; ``not``: others, and masks that are fresh at every call.
+        """
+        return "not"
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:

@@ -23,6 +23,7 @@ And of a weight of zeros the cloak is zero too.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,10 @@ class Cloak:
         U, V = self.U.view(self.groups, -1, rank), self.V.reshape(self.groups, rank, -1)
         return torch.baddbmm(w.to(U.dtype).reshape(self.groups, U.shape[1], -1), U, V).view(w.shape)
 
+    def uncover(self, w: Tensor) -> None:
+        """``w -= U V``, in place; of a matrix."""
+        w.addmm_(self.U.to(w.dtype), self.V.to(w.dtype), alpha=-1)
+
     def seen_by_input(self, x: Tensor) -> Tensor:
         """``X Vᵀ``: T×k, or N × groups·k × spatial."""
         return output(self.product, x, self.V)
@@ -94,6 +99,13 @@ class Cloak:
             dx.addmm_(gu, self.V, alpha=-1)
         else:
             dx -= input_gradient(self.product, gu, self.V, tuple(dx.shape))
+
+
+def together(cloaks: Sequence[tuple[Cloak, float]]) -> Cloak:
+    """Several cloaks on one matrix, each so many times over, as one."""
+    first = cloaks[0][0]
+    U = torch.cat([cloak.U * count for cloak, count in cloaks], 1)
+    return Cloak(first.product, U, torch.cat([cloak.V for cloak, _ in cloaks]))
 
 
 def draw(stream: Keystream, product: Product, w: Tensor, rank: int, strength: float = STRENGTH) -> Cloak:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from tempo.keys import Key
 from tempo.schemes.base import Traits
 from tempo.schemes.masks import IDENTITY, Mask
@@ -16,6 +18,11 @@ class InsecurePlain(SingleMaskScheme):
         protects="nothing: workers see inputs, weights and gradients in clear",
         known_breaks={"always": "nothing is masked; it is for comparisons only"},
     )
+
+    @property
+    def commutes(self) -> Literal["with any", "with rotations", "not"]:
+        """There is nothing to commute with."""
+        return "with any"
 
     def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
         """The identity, twice."""

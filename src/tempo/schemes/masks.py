@@ -112,14 +112,16 @@ def draw(stream: Keystream, size: int, max_scale: int, group_order: Tensor | Non
         group_order: For grouped convolutions, the permutation of the groups, shared by input and output channels;
             channels then stay within their group.
     """
-    if group_order is None:
-        permutation = stream.permutation(size)
-    else:
-        width = size // len(group_order)
-        inner = np.stack([stream.permutation(width) for _ in range(len(group_order))])
-        permutation = (inner + width * group_order.numpy()[:, None]).reshape(-1)
+    permutation = _permutation(stream, size, group_order)
     scale = stream.integers(1, max_scale, size)
     return Mask((Gather(_index(permutation), torch.from_numpy(scale).to(torch.float64)),))
+
+
+def draw_signs(stream: Keystream, size: int, group_order: Tensor | None = None) -> Mask:
+    """Draw a signed permutation: a uniform permutation and uniform signs; arguments as for `draw`."""
+    permutation = _permutation(stream, size, group_order)
+    signs = 1 - 2 * torch.from_numpy(stream.integers(0, 1, size)).to(torch.float64)
+    return Mask((Gather(_index(permutation), signs),))
 
 
 def draw_blocks(
@@ -162,6 +164,15 @@ def draw_blocks(
     return Mask(tuple(gathers), tuple(stages), tuple(inverses))
 
 
+def _permutation(stream: Keystream, size: int, group_order: Tensor | None) -> np.ndarray:
+    if group_order is None:
+        return stream.permutation(size)
+    width = size // len(group_order)
+    inner = np.stack([stream.permutation(width) for _ in range(len(group_order))])
+    permutation: np.ndarray = (inner + width * group_order.numpy()[:, None]).reshape(-1)
+    return permutation
+
+
 def _index(permutation: np.ndarray) -> Tensor:
     # 32-bit indices: column gathers run 1.7 times as fast as with 64-bit ones.
     return torch.from_numpy(permutation.astype(np.int32))
@@ -185,6 +196,10 @@ class Masks:
     L: Mask = IDENTITY
     A: Mask = IDENTITY
     P: Mask = IDENTITY
+
+    def unsigned(self) -> Masks:
+        """Those for squares of what signed permutations ``A`` and ``P`` mask."""
+        return Masks(self.L, _unsigned(self.A), _unsigned(self.P))
 
     def encode(self, role: Role, plain: Tensor, out: Tensor) -> None:
         """Write the masked form of ``plain`` into ``out``, converting to its dtype."""
@@ -219,6 +234,10 @@ class Masks:
             part = None if across is None else Operator((_part(across.gathers[0], which),))
             piece = masked.narrow(axis, which.start, out.shape[axis]) if across is None else masked
             sandwich(piece, *((rows, part) if axis else (part, columns)), out)
+
+
+def _unsigned(mask: Mask) -> Mask:
+    return Mask(tuple(Gather(gather.index) for gather in mask.gathers), mask.blocks, mask.inverses)
 
 
 def _part(gather: Gather, which: slice) -> Gather:

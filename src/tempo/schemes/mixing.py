@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -122,6 +122,11 @@ class Mixing(SingleMaskScheme):
             dense_below=0 if settings.insecure_small_blocks else None,
             insecure_small_blocks=settings.insecure_small_blocks,
         )
+
+    @property
+    def commutes(self) -> Literal["with any", "with rotations", "not"]:
+        """Orthogonal blocks do with rotations, as long as they are kept."""
+        return "with rotations" if self.condition == 1 and not self.traits.fresh_every_call else "not"
 
     # --- sizes ---
 

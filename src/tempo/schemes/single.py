@@ -22,12 +22,18 @@ from tempo.schemes.base import (
     Recall,
     Scheme,
     Target,
+    UpdatableWeight,
 )
-from tempo.schemes.cloak import Cloak
+from tempo.schemes.cloak import Cloak, together
 from tempo.schemes.corrections import Share, WeightGradient, shares_of_input_gradient, shares_of_output
 from tempo.schemes.cover import Cover, uncovered
 from tempo.schemes.masks import Mask, Masks
 from tempo.schemes.operators import work_dtype
+from tempo.wire.messages import Muon, Rule
+from tempo.worker.update import apply
+
+SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
+"""What optimizers keep that knows no signs."""
 
 
 class SingleMaskScheme(Scheme):
@@ -82,8 +88,30 @@ def divide(rows: int, targets: Sequence[Target]) -> list[tuple[Target, slice]]:
     return parts
 
 
-class MaskedWeight(EncodedWeight):
-    """``w~``, the masks ``A`` and ``P``, and the cloak under them."""
+@dataclass(frozen=True)
+class Lying:
+    """A cloak, and how many times over it lies on a weight (``w``) and on what an optimizer keeps of it by now.
+
+    Gradients know nothing of cloaks. So a linear optimizer makes of a cloak what it would make of a single number.
+    """
+
+    cloak: Cloak
+    counts: dict[str, Tensor]
+
+    def follow(self, rule: Rule, scale: float) -> None:
+        """Go along with an update whose gradient was scaled by ``scale``."""
+        w = self.counts.setdefault("w", torch.zeros((), dtype=torch.float64))
+        if isinstance(rule, Muon):  # its update is not linear, so no cloak lies on its gradient or momentum
+            w *= 1 - rule.lr * rule.weight_decay
+            return
+        gradient = self.counts.pop("gradient", torch.zeros_like(w)) * scale
+        kept = {name: count for name, count in self.counts.items() if name != "w"}
+        apply(rule, w, gradient, kept)
+        self.counts.update(kept)
+
+
+class MaskedWeight(UpdatableWeight):
+    """``w~``, the masks ``A`` and ``P``, and the cloaks under them."""
 
     def __init__(
         self,
@@ -96,8 +124,54 @@ class MaskedWeight(EncodedWeight):
         self.scheme = scheme
         self.problem = problem
         self.masks = masks
-        self.cloak = cloak
         self.operands = operands
+        self._kept: set[str] = set()
+        self._lying = [] if cloak is None else [Lying(cloak, {"w": torch.ones((), dtype=torch.float64)})]
+
+    @property
+    def cloak(self) -> Cloak | None:
+        """All that lies on the weight by now, as one cloak."""
+        return self._cloak_on("w")
+
+    def encode_kept(self, name: str, plain: Tensor, key: Key, out: Tensor, *, linear: bool) -> None:
+        """Under a cloak of its own, where the optimizer is linear and the scheme cloaks weights.
+
+        Without one it would link these masks to those that it was under before: singular vectors line up.
+        """
+        if name in SQUARES:
+            self.masks.unsigned().encode("dw", plain, out)
+            return
+        cloak = self.scheme.cloak(key, self.problem, plain) if linear else None
+        if cloak is not None:
+            self._lying.append(Lying(cloak, {name: torch.ones((), dtype=torch.float64)}))
+            plain = cloak.cover(plain)
+        self.masks.encode("dw", plain, out)
+        self._kept.add(name)
+        for lying in self._lying:  # what the worker has counts as there, even where this cloak is not on it
+            for kept in self._kept:
+                lying.counts.setdefault(kept, torch.zeros((), dtype=torch.float64))
+
+    def decode_kept(self, name: str, masked: Tensor) -> Tensor:
+        """Unmask, and take off what lies on it by now."""
+        plain = torch.empty(masked.shape, dtype=masked.dtype)
+        masks = self.masks.unsigned() if name in SQUARES else self.masks
+        masks.decode("w" if name == "w" else "dw", masked, plain)
+        cloak = self._cloak_on(name)
+        if cloak is not None:
+            cloak.uncover(plain)
+        return plain
+
+    def follow(self, rule: Rule, scale: float) -> None:
+        """Change all cloaks as the worker's arithmetic does."""
+        for lying in self._lying:
+            lying.follow(rule, scale)
+
+    def _cloak_on(self, name: str) -> Cloak | None:
+        found = [(lying.cloak, float(lying.counts.get(name, 0.0))) for lying in self._lying]
+        found = [(cloak, count) for cloak, count in found if count]
+        if len(found) == 1 and found[0][1] == 1.0:
+            return found[0][0]
+        return together(found) if found else None
 
     def encode_input(self, x: Tensor, key: Key, targets: Sequence[Target], empty: Empty, w: Recall) -> EncodedInput:
         """Mask each worker's rows under their own ``L``."""
@@ -110,7 +184,7 @@ class MaskedWeight(EncodedWeight):
             masks.encode("x", covered, x_masked)
             real = covered[: cover.real]
             shares = shares_of_output(product, real, cover.filled_columns, w)
-            seen = None if self.cloak is None else self.cloak.seen_by_input(real)
+            seen = None if masked.cloak is None else masked.cloak.seen_by_input(real)
             masked.parts[target.worker] = Part(rows, masks, cover, shares, seen)
             masked.operands.append(Operand(target.worker, {"x": x_masked}, rows))
         return masked
@@ -137,6 +211,7 @@ class MaskedInput(EncodedInput):
 
     def __init__(self, weight: MaskedWeight, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.weight = weight
+        self.cloak = weight.cloak
         self.shape = shape
         self.dtype = dtype
         self.parts: dict[int, Part] = {}
@@ -145,7 +220,7 @@ class MaskedInput(EncodedInput):
 
     def secrets(self, worker: int) -> dict[str, Tensor]:
         """What ``L``, ``A`` and ``P`` consist of, identities left out; shield rows and cloak if there are any."""
-        part, cloak = self.parts[worker], self.weight.cloak
+        part, cloak = self.parts[worker], self.cloak
         found = part.masks.L.tensors("l") | part.masks.A.tensors("a") | part.masks.P.tensors("p")
         if len(part.cover.shield):
             found["x_shield"] = part.cover.shield
@@ -165,8 +240,8 @@ class MaskedInput(EncodedInput):
             whole = _room(pieces, replies[worker])
             part.masks.decode("y", replies[worker], whole)
             y = whole[: part.cover.real]
-            if self.weight.cloak is not None and part.seen_by_cloak is not None:
-                self.weight.cloak.uncover_output(y, part.seen_by_cloak)
+            if self.cloak is not None and part.seen_by_cloak is not None:
+                self.cloak.uncover_output(y, part.seen_by_cloak)
             for share in part.shares:
                 share.take_off_output(y)
             y[part.cover.rows] = 0
@@ -192,7 +267,7 @@ class MaskedInput(EncodedInput):
             part.masks.encode("g", covered, g_masked)
             masked.operands.append(Operand(worker, {"g": g_masked}, part.rows))
             real = covered[: cover.real]
-            seen = None if weight.cloak is None else weight.cloak.seen_by_gradient(real)
+            seen = None if self.cloak is None else self.cloak.seen_by_gradient(real)
             shares = shares_of_input_gradient(product, real, cover.filled_columns, w)
             masked.parts[worker] = Part(part.rows, part.masks, cover, shares, seen)
             if want_dw:
@@ -211,6 +286,11 @@ class MaskedGradient(EncodedGradient):
         self.parts: dict[int, Part] = {}
         self.extra = WeightGradient(source.weight.problem.product, tuple(shape))
 
+    @property
+    def corrects_weight_gradient(self) -> bool:
+        """Where anything was filled."""
+        return self.extra.needed
+
     def decode_input_gradient(self, replies: dict[int, Tensor]) -> Tensor:
         """Unmask each part of ``dX`` into place."""
         source = self.source
@@ -223,8 +303,8 @@ class MaskedGradient(EncodedGradient):
             whole = _room([place], replies[worker])
             part.masks.decode("dx", replies[worker], whole)
             real = whole[: part.cover.real]
-            if source.weight.cloak is not None and part.seen_by_cloak is not None:
-                source.weight.cloak.uncover_input_gradient(real, part.seen_by_cloak)
+            if source.cloak is not None and part.seen_by_cloak is not None:
+                source.cloak.uncover_input_gradient(real, part.seen_by_cloak)
             for share in part.shares:
                 share.take_off_input_gradient(real)
             real[part.cover.rows] = 0

@@ -68,7 +68,12 @@ class WeightCheck:
         w_masked: The weight as sent, (m, d) or (m, d/groups, …).
         key: Fresh, and of this weight and worker alone: nothing else draws from its streams ``r`` and ``v``.
         vectors: How many secret vectors.
+
+    Attributes:
+        drift: How far a weight that its worker changes may be from what is kept of it: `tempo.verify.sketch`.
     """
+
+    drift: float = 0.0
 
     def __init__(self, product: Product, w_masked: Tensor, key: Key, vectors: int = VECTORS) -> None:
         self.vectors = vectors
@@ -93,6 +98,10 @@ class WeightCheck:
             want_y: Whether an output will come.
         """
         return InputCheck(self, x_masked, key, keep=keep, want_y=want_y)
+
+    def drifted(self, operand: Sums) -> Tensor | None:
+        """How far a drift of the weight may move products with the rows of ``operand``."""
+        return operand.lengths * self.drift if self.drift else None
 
 
 class InputCheck:
@@ -127,7 +136,9 @@ class InputCheck:
         scale = expected.lengths * weight.length
         inner, width = prod(weight.shape[1:]), weight.r.shape[2]
         rounding = Rounding(inner, width, weight.work, _coarsest(self.dtype, weight.dtype, y_masked.dtype))
-        return _judge(expected.sums, scale, rounding, partial(weight.form.rows, y_masked, weight.r))
+        return _judge(
+            expected.sums, scale, rounding, partial(weight.form.rows, y_masked, weight.r), weight.drifted(expected)
+        )
 
     def backward(self, g_masked: Tensor, *, want_dx: bool, want_dw: bool) -> GradientCheck:
         """What is kept of a gradient ``g~`` of the output, about to be sent; same shape as ``y~``.
@@ -161,7 +172,9 @@ class GradientCheck:
         scale = self.dx.lengths * weight.length
         inner, width = weight.r.shape[2] * prod(weight.shape[2:]), weight.shape[1]
         rounding = Rounding(inner, width, weight.work, _coarsest(self.dtype, weight.dtype, dx_masked.dtype))
-        return _judge(self.dx.sums, scale, rounding, partial(weight.form.rows, dx_masked, weight.v))
+        return _judge(
+            self.dx.sums, scale, rounding, partial(weight.form.rows, dx_masked, weight.v), weight.drifted(self.dx)
+        )
 
     def weight_gradient(self, dw_masked: Tensor) -> Residual:
         """Check ``dw~``."""
@@ -184,21 +197,23 @@ def _coarsest(a: torch.dtype, b: torch.dtype, answer: torch.dtype) -> torch.dtyp
     return max(torch.promote_types(a, b), answer, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _judge(expected: Tensor, scale: Tensor, rounding: Rounding, read: Callable[..., Sums]) -> Residual:
-    """The worst row of what ``read`` reads; ``scale`` as in `Rounding.error_norm`."""
+def _judge(
+    expected: Tensor, scale: Tensor, rounding: Rounding, read: Callable[..., Sums], drifted: Tensor | None = None
+) -> Residual:
+    """The worst row of what ``read`` reads; ``scale`` and ``drifted`` as in `Rounding.error_norm`."""
     coarse = rounding.through != rounding.work
-    found = _compare(expected, read(lengths=coarse), scale, rounding)
+    found = _compare(expected, read(lengths=coarse), scale, rounding, drifted)
     if found.passed or coarse:
         return found
     # In full precision the answer's length hardly counts, and is not worth reading unless a row fails without.
-    return _compare(expected, read(lengths=True), scale, rounding)
+    return _compare(expected, read(lengths=True), scale, rounding, drifted)
 
 
-def _compare(expected: Tensor, found: Sums, scale: Tensor, rounding: Rounding) -> Residual:
+def _compare(expected: Tensor, found: Sums, scale: Tensor, rounding: Rounding, drifted: Tensor | None) -> Residual:
     residual = (found.sums - expected).double().square_().sum(-2).sqrt_()
     if residual.numel() == 0:
         return Residual()
-    tolerance = threshold(expected.shape[-2]) * rounding.error_norm(scale, found.lengths)
+    tolerance = threshold(expected.shape[-2]) * rounding.error_norm(scale, found.lengths, drifted)
     ratio = residual / tolerance
     lost = ~(torch.isfinite(residual) & torch.isfinite(tolerance))
     unchecked = 0

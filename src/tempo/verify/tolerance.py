@@ -33,6 +33,12 @@ def threshold(vectors: int) -> float:
     return _exceeded_with(FALSE_ALARM, vectors)
 
 
+@cache
+def between(vectors: int) -> tuple[float, float]:
+    """What a chi variable of ``vectors`` degrees of freedom is below and above with probability `FALSE_ALARM` each."""
+    return _exceeded_with(1 - FALSE_ALARM, vectors), _exceeded_with(FALSE_ALARM, vectors)
+
+
 def miss(ratio: float, vectors: int) -> float:
     """Probability that an error of ``ratio`` times the tolerance, in one row, is accepted: ``P(χ²_k ≤ 1/ratio²)``.
 
@@ -90,7 +96,7 @@ class Rounding:
     work: torch.dtype
     through: torch.dtype
 
-    def error_norm(self, scale: Tensor, answer: Tensor) -> Tensor:
+    def error_norm(self, scale: Tensor, answer: Tensor, drifted: Tensor | None = None) -> Tensor:
         """Length of an honest row's error, the check's own included.
 
         Errors of equal numbers' sums all point one way: up to ``n u / 2`` of the answer's length, for the worker and as
@@ -99,6 +105,7 @@ class Rounding:
         Args:
             scale: ``‖a‖ ‖M‖_F`` per row, float64.
             answer: Length of the row that came, float64.
+            drifted: ``‖a‖ ‖δM‖_F`` per row, where ``M`` may differ from what is known of it by ``δM``; float64.
 
         Returns:
             Float64, never zero: results below the smallest normal number may have been flushed to zero.
@@ -108,4 +115,5 @@ class Rounding:
         steps = 2 * (self.inner + self.width) + 1
         rounded = through.eps / 2 if self.through != self.work else 0.0
         lost = sqrt(self.width) * (steps * work.tiny + through.smallest_normal * through.eps / 2)
-        return torch.hypot(sqrt(steps) * u * scale, rounded * answer) + (self.inner * u / 2 * answer + lost)
+        error = torch.hypot(sqrt(steps) * u * scale, rounded * answer) + (self.inner * u / 2 * answer + lost)
+        return error if drifted is None else torch.hypot(error, drifted)

@@ -70,7 +70,7 @@ class Conv(_Struct, frozen=True, tag="conv"):
 Product = Linear | Conv
 
 
-# --- optimizers that a worker may run on a stored weight: hyper-parameters of one step, named as in `torch.optim` --------
+# --- optimizers that a worker may run on a stored weight: hyper-parameters of one step, named as in torch.optim ---
 
 
 class Sgd(_Struct, frozen=True, tag="sgd"):
@@ -180,7 +180,10 @@ class Backward(_Request, frozen=True, kw_only=True, tag="backward"):
 
 
 class Update(_Request, frozen=True, kw_only=True, tag="update"):
-    """Change a stored weight by its gradient times ``scale``; drop the gradient. Answered by an empty `Result`."""
+    """Change a stored weight by its gradient times ``scale``; drop the gradient. Answered by an empty `Result`.
+
+    Without a gradient it fails. What the optimizer keeps and `Store` did not bring begins as it does in `torch.optim`.
+    """
 
     step: Number
     layer: Number
@@ -190,7 +193,11 @@ class Update(_Request, frozen=True, kw_only=True, tag="update"):
 
 
 class Fetch(_Request, frozen=True, kw_only=True, tag="fetch"):
-    """Answer what is kept of a weight: ``w``, what came with `Store`, or ``norm``, the length of the gradient (1 × float64)."""
+    """Answer what is kept of a weight, as wanted.
+
+    Names are those of `Store`, and ``norm``: the length of the gradient, shape (1,) of float64. It fails where
+    something wanted is not there.
+    """
 
     step: Number
     layer: Number
@@ -198,8 +205,10 @@ class Fetch(_Request, frozen=True, kw_only=True, tag="fetch"):
 
 
 class Forget(_Struct, frozen=True, tag="forget"):
-    """Drop weights (with all that is kept of them), operands, and gradients of weights that stay; unknown numbers are
-    ignored. No answer."""
+    """Drop weights (with all that is kept of them), operands, and gradients of weights that stay.
+
+    Unknown numbers are ignored. No answer.
+    """
 
     weights: tuple[Number, ...] = ()
     operands: tuple[Number, ...] = ()
@@ -226,7 +235,7 @@ class Welcome(_Struct, frozen=True, tag="welcome"):
 
 
 class Result(_Struct, frozen=True, tag="result"):
-    """One answer to request ``id``: a tensor that was wanted, or none to acknowledge a `Store`.
+    """One answer to request ``id``: a tensor that was wanted, or none to acknowledge a request that wants none.
 
     ``nanoseconds`` is the worker's own account of its compute time; information, never trusted.
     """

@@ -34,7 +34,8 @@ def worker(
     insecure_no_tls: Annotated[bool, typer.Option("--insecure-no-tls", help="Anyone may connect, in clear.")] = False,
     null: Annotated[bool, typer.Option("--null", help="Compute nothing; for benchmarks of the trusted side.")] = False,
     insecure_lie: Annotated[
-        str, typer.Option(metavar="NAME[:N]", hidden=True, help="Lie with every N-th answer; to see it caught.")
+        str,
+        typer.Option(metavar="NAME[:N]", hidden=True, help="Lie with every N-th answer or update, to see it caught."),
     ] = "",
     inherit_fd: Annotated[int, typer.Option(hidden=True)] = -1,
     parent: Annotated[int, typer.Option(hidden=True)] = 0,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tempo.wire.memory import Block
-from tempo.wire.messages import Conv, Linear, Product, Shape
+from tempo.wire.messages import Conv, Linear, Product, Rule, Shape
 from tempo.worker.budget import Account
 from tempo.worker.refusal import Refusal
+from tempo.worker.update import apply
 
 
 @final
@@ -44,6 +45,10 @@ class Compute(ABC):
         """Make ``incoming`` last; takes over its block."""
 
     @abstractmethod
+    def zeros(self, like: Tensor, account: Account) -> Kept:
+        """Zeros of the shape and dtype of ``like``, which was kept."""
+
+    @abstractmethod
     def forward(self, product: Product, x: Tensor, w: Tensor, out: Tensor) -> None:
         """``y`` from ``x`` and ``w``."""
 
@@ -54,6 +59,22 @@ class Compute(ABC):
     @abstractmethod
     def weight_gradient(self, product: Product, g: Tensor, x: Tensor, out: Tensor) -> None:
         """``dw`` from ``g`` and ``x``."""
+
+    @abstractmethod
+    def accumulate(self, product: Product, g: Tensor, x: Tensor, gradient: Tensor) -> None:
+        """Add ``dw`` from ``g`` and ``x`` to ``gradient``, which was kept."""
+
+    @abstractmethod
+    def update(self, rule: Rule, scale: float, w: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+        """One step of an optimizer by ``scale`` × ``gradient``, as `tempo.worker.update.apply`; all were kept."""
+
+    @abstractmethod
+    def fetch(self, kept: Tensor, out: Tensor) -> None:
+        """What was kept."""
+
+    @abstractmethod
+    def norm(self, kept: Tensor, out: Tensor) -> None:
+        """Its length, as one number."""
 
     @abstractmethod
     def probe(self, size: int) -> None:
@@ -97,6 +118,19 @@ class TorchCompute(Compute):
                 pool.give(block)
         return Kept(tensor, lambda: account.release(size))
 
+    def zeros(self, like: Tensor, account: Account) -> Kept:
+        """On the host a block of our own."""
+        if self.on_host:
+            block = account.pool.take(like.nbytes)
+            return Kept(block.tensor(tuple(like.shape), like.dtype).zero_(), lambda: account.pool.give(block))
+        size = like.nbytes
+        account.reserve(size)
+        try:
+            return Kept(torch.zeros_like(like), lambda: account.release(size))
+        except BaseException:
+            account.release(size)
+            raise
+
     def forward(self, product: Product, x: Tensor, w: Tensor, out: Tensor) -> None:
         """``x wᵀ``, or the convolution."""
         x, w = self._operands(product, x, w)
@@ -122,6 +156,28 @@ class TorchCompute(Compute):
         else:
             shape_only = x.new_empty(1).expand(out.shape)
             out.copy_(_convolve_backward(product, g, x, shape_only, 1))
+
+    def accumulate(self, product: Product, g: Tensor, x: Tensor, gradient: Tensor) -> None:
+        """Linear products without a copy, where the dtypes are one."""
+        if isinstance(product, Linear) and g.dtype == x.dtype == gradient.dtype:
+            gradient.addmm_(g.to(self.device).t(), x)
+            return
+        dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), gradient.dtype)
+        dw = torch.empty_like(gradient, dtype=dtype)
+        self.weight_gradient(product, g.to(dtype), x, dw)
+        gradient.add_(dw)
+
+    def update(self, rule: Rule, scale: float, w: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+        """In place."""
+        apply(rule, w, gradient.mul_(scale), state)
+
+    def fetch(self, kept: Tensor, out: Tensor) -> None:
+        """A copy."""
+        out.copy_(kept)
+
+    def norm(self, kept: Tensor, out: Tensor) -> None:
+        """Summed in the dtype of ``out``."""
+        out.copy_(torch.linalg.vector_norm(kept, dtype=out.dtype))
 
     def probe(self, size: int) -> None:
         """Returns when the product is there."""

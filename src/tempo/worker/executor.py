@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from typing import final
 
@@ -17,6 +19,7 @@ from tempo.wire.messages import (
     Backward,
     Failure,
     FailureCode,
+    Fetch,
     Forget,
     Forward,
     Probe,
@@ -26,6 +29,7 @@ from tempo.wire.messages import (
     Store,
     TensorRef,
     ToWorker,
+    Update,
 )
 from tempo.wire.shared import MappedSegments
 from tempo.wire.tensors import DTYPES, raw, size_of
@@ -33,14 +37,30 @@ from tempo.worker.budget import Account
 from tempo.worker.compute import Compute, Incoming, output_shape
 from tempo.worker.jobs import Job
 from tempo.worker.refusal import Refusal
-from tempo.worker.store import Numbers
+from tempo.worker.store import PARTS, Numbers
 from tempo.worker.transcript import Transcript
+from tempo.worker.update import check
 
 Write = Callable[[Tensor], None]
-Plan = tuple[dict[str, Tensor], list[tuple[TensorRef, Write]]]
-"""The operands as they are kept, and for each answer in order what writes it."""
 
 log = logging.getLogger("tempo.worker")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request comes to.
+
+    Attributes:
+        tensors: The operands as they are kept, for the transcript.
+        answers: For each answer in order, what writes it.
+        change: What is done to a stored weight, after the answers were computed and before any of them is sent: then
+            the other side may reuse the memory in which the operands lie.
+    """
+
+    tensors: dict[str, Tensor]
+    answers: list[tuple[TensorRef, Write]] = field(default_factory=list)
+    change: Callable[[], None] | None = None
 
 
 @final
@@ -63,7 +83,7 @@ class Executor:
         """Do what ``job`` asks, and answer it. Raises OSError when the connection is gone."""
         message = job.message
         if isinstance(message, Forget):
-            self._numbers.forget(message.weights, message.operands)
+            self._numbers.forget(message.weights, message.operands, message.gradients)
             return
         try:
             if job.refusal is not None:
@@ -86,21 +106,24 @@ class Executor:
 
     def _answer(self, message: Request, incoming: dict[str, Incoming]) -> None:
         started = time.perf_counter_ns()
-        tensors, answers = self._plan(message, incoming)
+        plan = self._plan(message, incoming)
+        tensors, at_once = plan.tensors, self._transcript is None and plan.change is None
         held: list[tuple[Result, list[memoryview]]] = []
         with ExitStack() as blocks:
-            for ref, write in answers:
+            for ref, write in plan.answers:
                 out = self._destination(ref, blocks)
                 write(out)
                 tensors[ref.name] = out
                 result = Result(message.id, time.perf_counter_ns() - started, (ref,))
                 payload = [raw(out)] if ref.segment < 0 else []
-                if self._transcript is None:
+                if at_once:
                     self._channel.send(result, payload)
                 else:
                     held.append((result, payload))  # once answered, shared memory is the other side's again
                 started = time.perf_counter_ns()
-            if not answers:
+            if plan.change is not None:
+                plan.change()
+            if not plan.answers:
                 held.append((Result(message.id, time.perf_counter_ns() - started, ()), []))
             if self._transcript is not None and not isinstance(message, Probe):
                 self._transcript.record(message, tensors)
@@ -118,7 +141,7 @@ class Executor:
 
     def _refuse(self, message: Request, code: FailureCode, why: str) -> None:
         if isinstance(message, Forward) and message.operand:
-            self._numbers.forget((), (message.operand,))
+            self._numbers.forget(operands=[message.operand])
         log.warning("request %d refused (%s): %s", message.id, code, why)
         self._channel.send(Failure(message.id, code, why))
 
@@ -127,40 +150,84 @@ class Executor:
     def _plan(self, message: Request, incoming: dict[str, Incoming]) -> Plan:
         match message:
             case Store():
-                _expect(message, incoming, ["w"], [])
-                return {"w": self._numbers.put_weight(message.weight, incoming.pop("w"))}, []
+                return self._plan_store(message, incoming)
             case Forward():
                 return self._plan_forward(message, incoming)
             case Backward():
                 return self._plan_backward(message, incoming)
+            case Update():
+                return self._plan_update(message, incoming)
+            case Fetch():
+                return self._plan_fetch(message, incoming)
             case Probe():
                 return self._plan_probe(message, incoming)
+
+    def _plan_store(self, message: Store, incoming: dict[str, Incoming]) -> Plan:
+        _expect(message, incoming, [name for name in PARTS if name == "w" or name in incoming], [])
+        w = incoming["w"].tensor
+        for name, arrived in incoming.items():
+            if arrived.tensor.shape != w.shape or arrived.tensor.dtype != w.dtype:
+                found = f"{list(arrived.tensor.shape)} of {arrived.tensor.dtype}"
+                raise Refusal("bad-request", f"{name!r} is {found}, its weight {list(w.shape)} of {w.dtype}")
+        return Plan(self._numbers.put_weight(message.weight, incoming))
 
     def _plan_forward(self, message: Forward, incoming: dict[str, Incoming]) -> Plan:
         _expect(message, incoming, ["x"], ["y"])
         w, x = self._numbers.weight(message.weight), incoming["x"].tensor
         shape = output_shape(message.product, tuple(x.shape), tuple(w.shape))
         for ref in message.wants:
-            _expect_shape(ref, ref.shape, shape)
+            _expect_shape(ref.name, ref.shape, shape)
         if message.operand:
             x = self._numbers.put_operand(message.operand, incoming.pop("x"))
-        return {"x": x}, [(ref, partial(self._compute.forward, message.product, x, w)) for ref in message.wants]
+        return Plan({"x": x}, [(ref, partial(self._compute.forward, message.product, x, w)) for ref in message.wants])
 
     def _plan_backward(self, message: Backward, incoming: dict[str, Incoming]) -> Plan:
-        _expect(message, incoming, ["g"], ["dx", "dw"])
+        _expect(message, incoming, ["g"], ["dx"] if message.accumulate else ["dx", "dw"])
         g = incoming["g"].tensor
-        answers: list[tuple[TensorRef, Write]] = []
+        plan = Plan({"g": g}, change=self._accumulation(message, g) if message.accumulate else None)
         for ref in message.wants:
             if ref.name == "dx":
                 w = self._numbers.weight(message.weight)
                 shape = output_shape(message.product, ref.shape, tuple(w.shape))
-                answers.append((ref, partial(self._compute.input_gradient, message.product, g, w)))
+                plan.answers.append((ref, partial(self._compute.input_gradient, message.product, g, w)))
             else:
                 x = self._numbers.operand(message.operand)
                 shape = output_shape(message.product, tuple(x.shape), ref.shape)
-                answers.append((ref, partial(self._compute.weight_gradient, message.product, g, x)))
-            _expect_shape(ref, tuple(g.shape), shape)
-        return {"g": g}, answers
+                plan.answers.append((ref, partial(self._compute.weight_gradient, message.product, g, x)))
+            _expect_shape(ref.name, tuple(g.shape), shape)
+        return plan
+
+    def _accumulation(self, message: Backward, g: Tensor) -> Callable[[], None]:
+        w, x = self._numbers.weight(message.weight), self._numbers.operand(message.operand)
+        _expect_shape("gradient", tuple(g.shape), output_shape(message.product, tuple(x.shape), tuple(w.shape)))
+        if not all(tensor.is_floating_point() for tensor in (w, x, g)):
+            raise Refusal("bad-request", f"a gradient of {w.dtype} from {x.dtype} and {g.dtype}: floats are needed")
+        return partial(self._numbers.accumulate, message.weight, message.product, g, x)
+
+    def _plan_update(self, message: Update, incoming: dict[str, Incoming]) -> Plan:
+        _expect(message, incoming, [], [])
+        w = self._numbers.weight(message.weight)
+        self._numbers.weight(message.weight, "gradient")
+        try:
+            check(message.rule, w)
+        except ValueError as error:
+            raise Refusal("bad-request", str(error)) from None
+        if not math.isfinite(message.scale):
+            raise Refusal("bad-request", f"the gradient times {message.scale}")
+        return Plan({"w": w}, change=partial(self._numbers.update, message.weight, message.rule, message.scale))
+
+    def _plan_fetch(self, message: Fetch, incoming: dict[str, Incoming]) -> Plan:
+        _expect(message, incoming, [], [*PARTS, "norm"])
+        self._numbers.weight(message.weight)
+        plan = Plan({})
+        for ref in message.wants:
+            kept = self._numbers.weight(message.weight, "gradient" if ref.name == "norm" else ref.name)
+            shape, dtype = ((1,), torch.float64) if ref.name == "norm" else (tuple(kept.shape), kept.dtype)
+            if ref.shape != shape or DTYPES[ref.dtype] != dtype:
+                what = f"{ref.name!r} is {list(shape)} of {dtype}"
+                raise Refusal("bad-request", f"{what}, not {list(ref.shape)} of {ref.dtype}")
+            plan.answers.append((ref, partial(self._compute.norm if ref.name == "norm" else self._compute.fetch, kept)))
+        return plan
 
     def _plan_probe(self, message: Probe, incoming: dict[str, Incoming]) -> Plan:
         for name in list(incoming):  # read it all, as a product would
@@ -171,15 +238,15 @@ class Executor:
             self._compute.probe(message.size)
         finally:
             self._account.release(scratch)
-        return {}, [(ref, self._compute.fill) for ref in message.wants]
+        return Plan({}, [(ref, self._compute.fill) for ref in message.wants])
 
 
 def _expect(message: Request, incoming: dict[str, Incoming], tensors: list[str], wants: list[str]) -> None:
     """Exactly these tensors, and no wants but these."""
-    if sorted(incoming) != tensors or any(ref.name not in wants for ref in message.wants):
+    if sorted(incoming) != sorted(tensors) or any(ref.name not in wants for ref in message.wants):
         raise Refusal("bad-request", f"a {type(message).__name__} takes {tensors} and answers {wants}")
 
 
-def _expect_shape(ref: TensorRef, actual: Shape, expected: Shape) -> None:
+def _expect_shape(name: str, actual: Shape, expected: Shape) -> None:
     if actual != expected:
-        raise Refusal("bad-request", f"{ref.name!r} wanted, but the shapes give y{list(expected)}, not {list(actual)}")
+        raise Refusal("bad-request", f"{name!r} wanted, but the shapes give y{list(expected)}, not {list(actual)}")

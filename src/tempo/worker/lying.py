@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Final, final
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from tempo.errors import SettingsError, nearest
-from tempo.wire.messages import Product
+from tempo.wire.messages import Muon, Product, Rule
 from tempo.worker.budget import Account
 from tempo.worker.compute import Compute, Incoming, Kept
 
@@ -64,6 +65,27 @@ def _spread(out: Tensor, _: Tensor | None) -> None:
     out += (torch.randn(out.shape) * scale).to(out.dtype)
 
 
+Step = Callable[[Rule], None]
+"""Changes the weight by a rule, honestly."""
+
+
+def _not_updated(rule: Rule, w: Tensor, step: Step) -> None:
+    """Nothing is done, and said to be done."""
+
+
+def _other_rate(rule: Rule, w: Tensor, step: Step) -> None:
+    """Ten times the learning rate."""
+    rates = {"lr": 10 * rule.lr} | ({"adjusted_lr": 10 * rule.adjusted_lr} if isinstance(rule, Muon) else {})
+    step(replace(rule, **rates))
+
+
+def _forged_update(rule: Rule, w: Tensor, step: Step) -> None:
+    """Noise on the weight, of a twentieth of its change."""
+    before = w.clone()
+    step(rule)
+    w += torch.randn_like(w) * (0.05 * (w - before).square().mean().sqrt())
+
+
 LIES: Final[dict[str, Callable[[Tensor, Tensor | None], None]]] = {
     "element": _element,
     "row": _row,
@@ -74,15 +96,24 @@ LIES: Final[dict[str, Callable[[Tensor, Tensor | None], None]]] = {
     "infinity": _infinity,
     "spread": _spread,
 }
+"""Lies that alter answers."""
+
+UPDATE_LIES: Final[dict[str, Callable[[Rule, Tensor, Step], None]]] = {
+    "not-updated": _not_updated,
+    "other-rate": _other_rate,
+    "forged-update": _forged_update,
+}
+"""Lies about changes of weights that live on the worker."""
 
 
 @final
 class LyingCompute(Compute):
-    """Answers rightly but for every so many times.
+    """Answers rightly, and updates weights rightly, but for every so many times.
 
     Args:
         honest: What computes the right answers.
-        lie: Name of a lie; ``NAME:N`` tells it with every N-th answer only, the N-th being the first.
+        lie: Name of a lie; ``NAME:N`` tells it with every N-th answer only, the N-th being the first, or with every
+            N-th update of a weight if that is what it is about.
 
     Raises:
         SettingsError: There is no such lie.
@@ -90,11 +121,13 @@ class LyingCompute(Compute):
 
     def __init__(self, honest: Compute, lie: str) -> None:
         name, _, every = lie.partition(":")
-        if name not in LIES or (every and not (every.isdigit() and int(every))):
-            raise SettingsError(f"--insecure-lie: NAME or NAME:N, not {lie!r}; {nearest(name, LIES)}")
+        lies = LIES | UPDATE_LIES
+        if name not in lies or (every and not (every.isdigit() and int(every))):
+            raise SettingsError(f"--insecure-lie: NAME or NAME:N, not {lie!r}; {nearest(name, lies)}")
         self.description = f"{honest.description}, lying"
         self._honest = honest
-        self._lie = LIES[name]
+        self._lie = LIES.get(name)
+        self._update_lie = UPDATE_LIES.get(name)
         self._every = int(every or 1)
         self._count = itertools.count(1)
         self._lock = threading.Lock()
@@ -103,6 +136,10 @@ class LyingCompute(Compute):
     def keep(self, incoming: Incoming, account: Account) -> Kept:
         """Honestly."""
         return self._honest.keep(incoming, account)
+
+    def zeros(self, like: Tensor, account: Account) -> Kept:
+        """Honestly."""
+        return self._honest.zeros(like, account)
 
     def forward(self, product: Product, x: Tensor, w: Tensor, out: Tensor) -> None:
         """``y``, or a lie."""
@@ -119,6 +156,31 @@ class LyingCompute(Compute):
         self._honest.weight_gradient(product, g, x, out)
         self._tell(out)
 
+    def accumulate(self, product: Product, g: Tensor, x: Tensor, gradient: Tensor) -> None:
+        """Honestly: it is no answer."""
+        self._honest.accumulate(product, g, x, gradient)
+
+    def update(self, rule: Rule, scale: float, w: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+        """A step, or a lie."""
+
+        def step(rule: Rule) -> None:
+            self._honest.update(rule, scale, w, gradient, state)
+
+        if self._update_lie is None or not self._is_due():
+            step(rule)
+        else:
+            self._update_lie(rule, w, step)
+
+    def fetch(self, kept: Tensor, out: Tensor) -> None:
+        """What was kept, or a lie."""
+        self._honest.fetch(kept, out)
+        self._tell(out)
+
+    def norm(self, kept: Tensor, out: Tensor) -> None:
+        """The length, or a lie."""
+        self._honest.norm(kept, out)
+        self._tell(out)
+
     def probe(self, size: int) -> None:
         """Honestly."""
         self._honest.probe(size)
@@ -128,9 +190,14 @@ class LyingCompute(Compute):
         self._honest.fill(out)
 
     def _tell(self, out: Tensor) -> None:
+        if self._lie is None:
+            return
         key = out.shape, out.dtype
         with self._lock:
             right = out.clone()
-            if next(self._count) % self._every == 0:
+            if self._is_due():
                 self._lie(out, self._earlier.get(key))
             self._earlier[key] = right
+
+    def _is_due(self) -> bool:
+        return next(self._count) % self._every == 0

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from tempo.wire.messages import Product
+from tempo.wire.messages import Product, Rule
 from tempo.worker.budget import Account
 from tempo.worker.compute import Compute, Incoming, Kept
 
@@ -31,6 +31,10 @@ class NullCompute(Compute):
         shape_only = torch.empty(incoming.tensor.shape, dtype=incoming.tensor.dtype, device="meta")
         return Kept(shape_only, lambda: None)
 
+    def zeros(self, like: Tensor, account: Account) -> Kept:
+        """Only the shape."""
+        return Kept(torch.empty_like(like), lambda: None)
+
     def forward(self, product: Product, x: Tensor, w: Tensor, out: Tensor) -> None:
         """Something."""
         self.fill(out)
@@ -42,6 +46,21 @@ class NullCompute(Compute):
     def weight_gradient(self, product: Product, g: Tensor, x: Tensor, out: Tensor) -> None:
         """Something."""
         self.fill(out)
+
+    def accumulate(self, product: Product, g: Tensor, x: Tensor, gradient: Tensor) -> None:
+        """Instant."""
+
+    def update(self, rule: Rule, scale: float, w: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+        """Instant."""
+
+    def fetch(self, kept: Tensor, out: Tensor) -> None:
+        """Something."""
+        self.fill(out)
+
+    def norm(self, kept: Tensor, out: Tensor) -> None:
+        """Something, of a length's sign."""
+        self.fill(out)
+        out.abs_()
 
     def probe(self, size: int) -> None:
         """Instant."""

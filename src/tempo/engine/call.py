@@ -1,0 +1,271 @@
+"""One forward call of a product, and the backward pass through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tempo.engine.geometry import flops, output_shape
+from tempo.errors import WorkerError
+from tempo.schemes.base import EncodedGradient, EncodedInput, Operand, Recall
+from tempo.verify.checks import InputCheck
+from tempo.wire.messages import Backward, Forward
+
+if TYPE_CHECKING:
+    from tempo.engine.batch import Batch
+    from tempo.engine.product import Product
+    from tempo.engine.residence import Residence
+    from tempo.engine.stored import StoredWeight
+
+Saved = Callable[[], tuple[Tensor, list[Tensor]]]
+"""What autograd saved of a call: its input and its weights; raises where they were changed since."""
+
+Gradients = tuple[Tensor | None, Callable[[], list[Tensor]] | None]
+"""``dX``, and what awaits ``dW``, as far as wanted."""
+
+
+class WeightGradients:
+    """``dW`` of one call: workers compute it while the backward pass goes on, and nobody needs it before the optimizer.
+
+    Operands are kept until it is there, in case that it must be computed again: it is taken as soon as it has arrived.
+    """
+
+    def __init__(self, call: Call, batch: Batch, encoded: EncodedGradient, g: Tensor, saved: Saved) -> None:
+        self._call = call
+        self._batch = batch
+        self._encoded: EncodedGradient | None = encoded
+        self._g = g
+        self._parts: list[Tensor] | None = None
+        self._operands: tuple[Tensor, list[Tensor]] | None = None
+        with suppress(RuntimeError):  # a weight was changed since: legal where no dX is wanted; no second try, then
+            self._operands = saved()
+        call.product.engine.unsettled.add(self)
+
+    def __call__(self) -> list[Tensor]:
+        """Await it: one gradient for each weight."""
+        if self._parts is None:
+            self._parts = self._await()
+            self._encoded = self._operands = None
+        return self._parts
+
+    @property
+    def arrived(self) -> bool:
+        """Whether nothing need be waited for."""
+        return self._parts is None and self._batch.arrived("dw")
+
+    def _await(self) -> list[Tensor]:
+        assert self._encoded is not None  # noqa: S101 - until it was awaited
+        try:
+            with self._batch.replies("dw") as replies:
+                return self._encoded.decode_weight_gradient(replies, self._call.sizes)
+        except WorkerError as error:
+            if self._operands is None:
+                raise
+            product = self._call.product
+            product.engine.dismiss(error)
+            _, again = product.repeat(*self._operands, self._g, want_dx=False, want_dw=True)
+            assert again is not None  # noqa: S101 - it was wanted
+            return again()
+
+
+class Call:
+    """One forward call, and the backward pass through it.
+
+    Args:
+        product: What is computed.
+        stored: The weight on the workers.
+        encoded: The input under masks.
+        weight: Recalls the plain weight.
+        shapes: Of the input and the weight.
+        sizes: Output features of each member of the product.
+        keep: Whether a weight gradient may be wanted.
+        residence: Where the weight lives, if that is on a worker.
+    """
+
+    def __init__(
+        self,
+        product: Product,
+        stored: StoredWeight,
+        encoded: EncodedInput,
+        weight: Recall,
+        shapes: tuple[tuple[int, ...], tuple[int, ...]],
+        sizes: list[int],
+        keep: bool,
+        residence: Residence | None,
+    ) -> None:
+        self.product = product
+        self.stored = stored
+        self.encoded = encoded
+        self.weight = weight
+        self.residence = residence
+        self.shapes = shapes
+        self.sizes = sizes
+        self.shapes_x = {o.worker: tuple(o.tensors["x"].shape) for o in encoded.operands}
+        self.operand = 0
+        self.differentiated = False
+        self.checks: dict[int, InputCheck] = {}
+        self._resent: Batch | None = None
+        if keep:
+            self.operand = product.engine.new_number()
+            product.engine.forget_after(self, list(self.shapes_x), operand=self.operand)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Send ``x~``, await ``y~``, unmask. ``x`` is only for the record of the truth, if there is one."""
+        engine, kind = self.product.engine, self.product.kind
+        self._prepare_checks(want_y=True)
+        batch = engine.batch(self.product)
+        for operand in self.encoded.operands:
+            shape_x, shape_w = self.shapes_x[operand.worker], self.stored.shapes_w[operand.worker]
+            wants = {"y": (output_shape(kind, shape_x, shape_w), operand.tensors["x"].dtype)}
+            check = self.checks.get(operand.worker)
+            fields: dict[str, Any] = {"weight": self.stored.number, "operand": self.operand, "product": kind}
+            batch.post(operand, Forward, wants, {"y": check.output} if check else None, **fields)
+            engine.stats.flops_offloaded += flops(kind, shape_x, shape_w)
+        self.stored.confirm()
+        with batch.replies("y") as replies:
+            outputs = self.encoded.decode_output(replies, self.sizes)
+        self._record(batch, x, outputs)
+        return outputs
+
+    def resend(self, x: Tensor) -> None:
+        """Send ``x~`` to be kept, for a gradient that follows; no output is wanted."""
+        self._prepare_checks(want_y=False)
+        self._resent = batch = self.product.engine.batch(self.product)
+        for operand in self.encoded.operands:
+            fields: dict[str, Any] = {
+                "weight": self.stored.number,
+                "operand": self.operand,
+                "product": self.product.kind,
+            }
+            batch.post(operand, Forward, {}, **fields)
+        self._record(batch, x, [])
+
+    def _prepare_checks(self, *, want_y: bool) -> None:
+        product = self.product
+        self.checks = product.engine.verifier.inputs(
+            product.engine,
+            product.number,
+            self.stored.checks,
+            self.encoded.operands,
+            keep=bool(self.operand) and self.residence is None,
+            want_y=want_y,
+        )
+
+    def _record(self, batch: Batch, x: Tensor, outputs: Sequence[Tensor]) -> None:
+        truth = self.product.engine.truth
+        for operand in self.encoded.operands if truth is not None else ():
+            plain = {"x": x[operand.rows]} | self.encoded.secrets(operand.worker)
+            if outputs:
+                plain["y"] = _part(torch.cat(list(outputs), 1), operand)
+            truth.record(batch.posted[operand.worker], "forward", plain)  # type: ignore[union-attr]
+
+    def _confirm(self) -> None:
+        """Raise what kept a worker from taking what this call sent before its gradient."""
+        self.stored.confirm()
+        if self._resent is not None:
+            self._resent.acknowledged()
+            self._resent = None
+
+    def backward(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Gradients:
+        """Send ``g~``; return ``dX`` at once, and what awaits and unmasks ``dW`` later.
+
+        Where the scheme would rather not send rows of ``g`` that are zero, the others go out in a call of their own.
+        """
+        product = self.product
+        product.engine.check_open()
+        with product.engine.stats.timed("mask"):
+            rows = product.scheme.rows_to_repeat(g, *self.shapes, want_dw=want_dw)
+        if self.residence is not None:
+            saved()  # raises where the weight was changed since, wherever that was
+            if rows is not None and want_dw:
+                self.residence.end("rows of its output gradient are zero")
+        if rows is None and not self.differentiated and self._still_holds(want_dw):
+            self.differentiated = True
+            try:
+                return self.send(g, saved, want_dx=want_dx, want_dw=want_dw)
+            except WorkerError as error:
+                if self.residence is not None and want_dw:
+                    self.residence.doubt()  # whether it has this gradient is not known
+                product.engine.dismiss(error)
+        x, weights = saved()
+        if rows is None:
+            return product.repeat(x, weights, g, want_dx=want_dx, want_dw=want_dw)
+        live = x.index_select(0, rows), weights, g.index_select(0, rows)
+        part, dw = product.repeat(*live, want_dx=want_dx, want_dw=want_dw)
+        return None if part is None else x.new_zeros(x.shape).index_copy_(0, rows, part), dw
+
+    def _still_holds(self, want_dw: bool) -> bool:
+        """Whether the weight is where it was in the forward pass, if it has to take a gradient there."""
+        return self.residence is None or not want_dw or self.residence is self.product.residence
+
+    def send(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Gradients:
+        """Send ``g~`` as it is.
+
+        Raises:
+            WorkerError: A worker failed; nothing was tried elsewhere yet.
+        """
+        engine, kind, residence = self.product.engine, self.product.kind, self.residence if want_dw else None
+        engine.keys.check_process()
+        engine.settle()
+        with engine.stats.timed("mask"):
+            engine.warn_if_not_finite(self.product.name, g)
+            encoded = self.encoded.encode_gradient(
+                g,
+                engine.keys.fresh(self.product.number, "g"),
+                engine.empty,
+                lambda: saved()[0],
+                self.weight,
+                want_dw=want_dw,
+            )
+        if residence is not None:
+            if encoded.corrects_weight_gradient:
+                for operand in encoded.operands:
+                    engine.links[operand.worker].release(operand.tensors["g"])
+                residence.end("rows or features that are zero had to be filled")
+                return self.product.repeat(*saved(), g, want_dx=want_dx, want_dw=want_dw)
+            residence.accumulates(saved()[0], g)
+        engine.stats.encryptions["g"] += 1
+        engine.backward_seen()
+        answered = want_dw and residence is None
+        checks = engine.verifier.gradients(engine, self.checks, encoded.operands, want_dx=want_dx, want_dw=answered)
+        batch = engine.batch(self.product)
+        for operand in encoded.operands:
+            dtype = operand.tensors["g"].dtype
+            shape_x, shape_w = self.shapes_x[operand.worker], self.stored.shapes_w[operand.worker]
+            wants = {}
+            if want_dx:
+                wants["dx"] = (shape_x, dtype)
+            if answered:
+                wants["dw"] = (shape_w, dtype)
+            check = checks.get(operand.worker)
+            by_name = {"dx": check.input_gradient, "dw": check.weight_gradient} if check else {}
+            fields: dict[str, Any] = {"weight": self.stored.number, "operand": self.operand, "product": kind}
+            accumulate = {} if residence is None else {"accumulate": True}
+            batch.post(
+                operand, Backward, wants, {name: by_name[name] for name in wants if check}, **fields, **accumulate
+            )
+            engine.stats.flops_offloaded += (want_dx + want_dw) * flops(kind, shape_x, shape_w)
+        self._confirm()
+        if not (want_dx or answered):
+            self.stored.unconfirmed.append(batch)
+
+        dw = WeightGradients(self, batch, encoded, g, saved) if answered else None
+        dx = None
+        if want_dx:
+            with batch.replies("dx") as replies:
+                dx = encoded.decode_input_gradient(replies)
+        if engine.truth is not None:
+            for operand in encoded.operands:
+                plain = {"g": _part(g, operand)} | ({} if dx is None else {"dx": dx[operand.rows]})
+                engine.truth.record(batch.posted[operand.worker], "backward", plain)
+        return dx, dw
+
+
+def _part(tensor: Tensor, operand: Operand) -> Tensor:
+    """The rows and output features of ``tensor`` that ``operand`` stands for."""
+    part = tensor[operand.rows]
+    return part if operand.columns is None else part.index_select(1, operand.columns)
