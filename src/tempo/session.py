@@ -219,6 +219,15 @@ class Session:
         for residence in list(self._engine.residences):
             residence.recall()
 
+    def abandon_lost_weights(self) -> None:
+        """After `WeightsLostError`: let parameters hold what they held when they were last here.
+
+        That is out of date: load a checkpoint into model and optimizer next.
+        """
+        for residence in list(self._engine.residences):
+            if residence.lost is not None:
+                residence.abandon()
+
     def unprotect(self, model: M) -> M:
         """Give ``model`` back as it was, with its present weights."""
         for residence in dict.fromkeys(filter(None, map(residence_of, model.parameters()))):

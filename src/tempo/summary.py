@@ -92,6 +92,11 @@ class Summary:
         return plain_text(self)
 
 
+def _reasons(site: Site) -> list[str]:
+    """Why its calls run where they do, and why its weight is updated here although it could be on a worker."""
+    return [site.keep_trusted or site.usage.reason, *(f"updated here: {reason}" for reason in site.trusted_updates)]
+
+
 def _line(layer: ProtectedLayer, site: Site) -> Line:
     sites = list(site.parts.values()) if isinstance(site, Projections) and site.parts else [site]
     usages = [site.usage for site in sites]
@@ -101,5 +106,5 @@ def _line(layer: ProtectedLayer, site: Site) -> Line:
         sum(usage.offloaded for usage in usages),
         sum(usage.trusted for usage in usages),
         all(site.keep_trusted is not None for site in sites),
-        "; ".join(dict.fromkeys(site.keep_trusted or usage.reason for site, usage in zip(sites, usages, strict=True))),
+        "; ".join(dict.fromkeys(reason for site in sites for reason in _reasons(site))),
     )

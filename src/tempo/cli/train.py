@@ -24,6 +24,10 @@ def train(
     verify: Annotated[
         str | None, typer.Option(help="Check answers: always, sample:P or off.", show_default="the recipe's")
     ] = None,
+    update: Annotated[
+        str | None,
+        typer.Option(help="Where weights are updated: trusted, worker or auto.", show_default="the recipe's"),
+    ] = None,
     patience: Annotated[
         float | None,
         typer.Option(min=0, help="Seconds to wait for a lost worker where none is left.", show_default="the recipe's"),
@@ -44,6 +48,8 @@ def train(
     changes = overrides(settings, workers)
     if verify is not None:
         changes.append(f'session.verify="{verify}"')
+    if update is not None:
+        changes.append(f'session.update="{update}"')
     if patience is not None:
         changes.append(f"session.patience={patience}")
     if scheme is not None:

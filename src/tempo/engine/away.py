@@ -99,7 +99,10 @@ def follow_state(module: nn.Module) -> list[RemovableHandle]:
     def make_way(module: nn.Module, *_: Any) -> None:
         for parameter in module.parameters(recurse=False):
             if (residence := residence_of(parameter)) is not None:
-                residence.abandon() if residence.lost else residence.recall()
+                if residence.lost is None:
+                    residence.recall()
+                else:
+                    residence.abandon()
 
     return [module.register_state_dict_pre_hook(recall), module.register_load_state_dict_pre_hook(make_way)]
 
@@ -122,8 +125,8 @@ def _why(parameter: AwayParameter | None, func: Any) -> str:
     if owner == "grad":
         return (
             f"{where}the gradient of its weight is on a worker (update='worker'): step, zero_grad and state_dict "
-            "of the optimizer that session.optimizer() gave work; to clip use session.clip_grad_norm_(), and for the gradient "
-            "itself call session.fetch_weights() first"
+            "of the optimizer that session.optimizer() gave work; to clip use session.clip_grad_norm_(), and for the "
+            "gradient itself call session.fetch_weights() first"
         )
     return (
         f"{where}its weight is on a worker (update='worker'), so {owner or name} would read a stale one: use "

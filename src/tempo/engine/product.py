@@ -131,8 +131,9 @@ class Product:
         whole = not keep or self.scheme.rows_sent(len(x)) == len(x)
         if here is not None and here.holds(weights) and here.dtype == x.dtype and whole and not here.due:
             return here
-        for residence in {here, *map(residence_of, weights)} - {None}:
-            residence.recall()
+        for residence in {here, *map(residence_of, weights)}:
+            if residence is not None:
+                residence.recall()
         if not keep or self.trusted_updates or not isinstance(self.kind, Linear) or not whole:
             return None
         same = {x.dtype, self.problem(x.dtype).wire_dtype, *(w.dtype for w in weights)} == {x.dtype}

@@ -64,7 +64,7 @@ class Group:
         self.members = [(weakref.ref(site), parameters) for site, parameters in members]
         self.misses = 0
         first = members[0][0]
-        self._product = Product(first.engine, " + ".join(site.name for site, _ in members), Linear(), first.scheme)
+        self.product = Product(first.engine, " + ".join(site.name for site, _ in members), Linear(), first.scheme)
 
     def starting_with(
         self, leader: Site, weight: Tensor, bias: Tensor | None
@@ -86,7 +86,7 @@ class Group:
         """Compute all members' outputs; stash all but the first, which is returned."""
         leader = members[0][0]
         weights, biases = [weight for _, weight, _ in members], [bias for _, _, bias in members]
-        first, *others = leader.compute(self._product, x, weights, biases)
+        first, *others = leader.compute(self.product, x, weights, biases)
         for (site, weight, bias), y in zip(members[1:], others, strict=True):
             site.stash(Stash(x, weight, bias, y))
         return first

@@ -65,6 +65,12 @@ class Site:
     def __reduce__(self) -> str | tuple[object, ...]:
         raise TypeError("a site belongs to a running session and cannot be stored")
 
+    @property
+    def trusted_updates(self) -> list[str]:
+        """Why its weight is updated here although the session lets workers do that."""
+        products = [*self._products.values(), *([] if self.group is None else [self.group.product])]
+        return [product.trusted_updates for product in products if product.trusted_updates]
+
     def linear(self, x: Tensor, parameters: Parameters, trusted: Callable[[], Tensor]) -> Tensor:
         """A fully connected layer on ``x`` of shape (..., features); ``trusted`` computes the same here."""
         weight, bias = parameters()

@@ -88,14 +88,14 @@ class Verifier:
         """Raise `WorkerLiedError` if a gradient cannot be as long as a worker says."""
         if not sketch.plausible(norm):
             raise WorkerLiedError(
-                f"worker {address} says in step {step} that a gradient has length {norm:.3g}, which its sketches rule out"
+                f"worker {address} says in step {step} that a gradient has length {norm:.3g}, which sketches rule out"
             )
 
     def judge(self, address: str, step: int, name: str, answer: Tensor, residual: Residual) -> None:
         """Raise `WorkerLiedError` if a check failed."""
         if not residual.passed:
             raise WorkerLiedError(
-                f"worker {address} gave a wrong {_WHAT.get(name, name)} of shape {tuple(answer.shape)} in step {step}: row "
-                f"{residual.row} is off by {residual.ratio:.3g} times its tolerance (residual {residual.residual:.3g}, "
-                f"tolerance {residual.tolerance:.3g}); the answer was not used"
+                f"worker {address} gave a wrong {_WHAT.get(name, name)} of shape {tuple(answer.shape)} in step {step}: "
+                f"row {residual.row} is off by {residual.ratio:.3g} times its tolerance "
+                f"(residual {residual.residual:.3g}, tolerance {residual.tolerance:.3g}); the answer was not used"
             )

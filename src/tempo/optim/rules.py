@@ -1,7 +1,7 @@
 """Which optimizers workers can run, and what a step of each is on the wire.
 
-What is exact under which masks (design, "Where weights are updated"): element-wise arithmetic under signed permutations,
-gradient descent and Muon under all orthogonal masks. One line in `KINDS` for each optimizer.
+What is exact under which masks (design, "Where weights are updated"): element-wise arithmetic under signed
+permutations, gradient descent and Muon under all orthogonal masks. One line in `KINDS` for each optimizer.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+
 from tempo.optim.lion import Lion
 from tempo.optim.muon import Muon
-
 from tempo.wire import messages
 from tempo.wire.messages import Rule
 
@@ -68,7 +68,7 @@ def _lion(group: Group, shape: Sequence[int], steps: int) -> Rule:
 
 
 def _muon(group: Group, shape: Sequence[int], steps: int) -> Rule:
-    lr, (rows, columns) = float(group["lr"]), shape
+    lr, (rows, columns), (a, b, c) = float(group["lr"]), shape, map(float, group["ns_coefficients"])
     ratio = math.sqrt(max(1, rows / columns))
     if group["adjust_lr_fn"] == "match_rms_adamw":
         ratio = 0.2 * math.sqrt(max(rows, columns))
@@ -78,7 +78,7 @@ def _muon(group: Group, shape: Sequence[int], steps: int) -> Rule:
         weight_decay=float(group["weight_decay"]),
         momentum=float(group["momentum"]),
         nesterov=group["nesterov"],
-        coefficients=tuple(map(float, group["ns_coefficients"])),
+        coefficients=(a, b, c),
         eps=float(group["eps"]),
         iterations=int(group["ns_steps"]),
     )

@@ -97,9 +97,7 @@ class Updates:
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
         allowed = {id(p): scheme for p, scheme in layers.items() if id(p) in mine}
         if not allowed:
-            raise UpdateError(
-                "session.optimizer(): none of its parameters are weights of a protected layer that goes out"
-            )
+            raise UpdateError("session.optimizer(): none of its parameters is the weight of a layer that goes out")
         for scheme in dict.fromkeys(allowed.values()):
             _check(scheme, kind, optimizer, self._engine)
         own = type(optimizer)
@@ -154,7 +152,7 @@ class OnWorkers(torch.optim.Optimizer):
 
     _tempo: _Taken
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, of the weights on workers and of those here."""
         loss = None
         if closure is not None:
@@ -227,9 +225,9 @@ def clip_grad_norm_(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
         if any(id(p) not in given for p in residence.parameters):
             raise UpdateError(f"clip_grad_norm_(): {residence.name!r} are one gradient on a worker; give all of them")
     here = [p for p in parameters if residence_of(p) is None]
-    total = torch.nn.utils.get_total_norm([p.grad for p in here if p.grad is not None])
+    part = torch.nn.utils.get_total_norm([p.grad for p in here if p.grad is not None])
     lengths = [residence.norm() for residence in away if residence.gradient]
-    total = torch.linalg.vector_norm(torch.tensor([float(total), *lengths], dtype=torch.float64)).to(total.dtype)
+    total: Tensor = torch.linalg.vector_norm(torch.tensor([float(part), *lengths], dtype=torch.float64)).to(part.dtype)
     torch.nn.utils.clip_grads_with_norm_(here, max_norm, total)
     factor = min(1.0, max_norm / (float(total) + 1e-6))
     for residence in away:
@@ -273,7 +271,7 @@ def _keep_schedulers(optimizer: OnWorkers) -> None:
         return
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        optimizer._opt_called = True  # type: ignore[attr-defined]
+        vars(optimizer)["_opt_called"] = True
         return type(optimizer).step(optimizer, *args, **kwargs)
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]

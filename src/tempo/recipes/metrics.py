@@ -49,6 +49,16 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._start(step)
+
+    def go_back(self, step: int) -> None:
+        """Drop what is recorded beyond ``step``: it comes again."""
+        self._close()
+        self._start(step)
+
+    def _start(self, step: int) -> None:
+        folder = self._folder
         path = folder / _FILE
         kept = [record for record in read(folder) if record.step <= step] if path.exists() else []
         # The final evaluation comes again too.
@@ -87,6 +97,9 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()

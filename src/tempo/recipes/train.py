@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from tempo import checkpoint as checkpoints
 from tempo.checkpoint import Checkpoint, CheckpointStore, flatten, load_model, unflatten
-from tempo.errors import CheckpointError, NonFiniteError, SettingsError, TempoError
+from tempo.errors import CheckpointError, NonFiniteError, SettingsError, TempoError, WeightsLostError
 from tempo.initial import secret_initialisation
 from tempo.recipes import data
 from tempo.recipes import recipe as recipes
@@ -35,6 +35,9 @@ from tempo.recipes.recipe import Recipe, differences
 if TYPE_CHECKING:
     from tempo.session import Session
     from tempo.summary import Summary
+
+MOST_TURNS: Final = 10
+"""How often a run goes back to one and the same checkpoint because workers lost weights, before it gives up."""
 
 INITIAL: Final = "initial"
 """Where a run that will be compared with a plain one keeps its secret initial weights, in its folder."""
@@ -89,6 +92,8 @@ def train(
         display = Display(console, title, job.step, job.steps, recipe.data.batch_size)
         with Metrics(folder, job.step) as metrics, display, _Interrupts() as interrupts:
             job.session = session
+            if session is not None:
+                session.optimizer(job.optimizer)
             outcome = _loop(job, store, metrics, display, interrupts)
         if session is not None:
             (folder / "summary.txt").write_text(f"{session.summary()}\n", encoding="utf-8")
@@ -97,27 +102,54 @@ def train(
 
 def _loop(job: _Job, store: CheckpointStore, metrics: Metrics, display: Display, interrupts: _Interrupts) -> Outcome:
     job.generators.restore()
-    moment = _Moment(job)
+    job.moment = _Moment(job)
     began = time.perf_counter() - job.elapsed
+    if job.recipe.session.update != "trusted":
+        job.save_once(store)  # somewhere to go back to
     try:
-        while job.step < job.steps and not interrupts.signal:
-            moment = _Moment(job)
-            record = _one_step(job, began)
-            job.elapsed = record.time
-            _report(job, record, metrics, display)
-            if job.due(job.recipe.run.checkpoint_every):
-                job.save(store)
-            if job.due(job.recipe.run.evaluate_every):
-                _evaluate(job, began, metrics, display, interrupts)
-        job.save_once(store)
-        final = None if interrupts.signal else _evaluate(job, began, metrics, display, interrupts)
+        while True:
+            try:
+                _steps(job, began, store, metrics, display, interrupts)
+                job.save_once(store)
+                final = None if interrupts.signal else _evaluate(job, began, metrics, display, interrupts)
+                break
+            except WeightsLostError as error:
+                _go_back(job, error, store, metrics, display)
     except TempoError as error:
-        moment.restore()
+        job.moment.restore()
         _save_after(error, job, store)
         raise
     if final is None:
         return Outcome(Path(job.recipe.run.out), job.step, interrupts.signal)
     return Outcome(Path(job.recipe.run.out), job.step, 0, final.loss, final.accuracy)
+
+
+def _steps(
+    job: _Job, began: float, store: CheckpointStore, metrics: Metrics, display: Display, interrupts: _Interrupts
+) -> None:
+    while job.step < job.steps and not interrupts.signal:
+        job.moment = _Moment(job)
+        record = _one_step(job, began)
+        job.elapsed = record.time
+        _report(job, record, metrics, display)
+        if job.due(job.recipe.run.checkpoint_every):
+            job.save(store)
+        if job.due(job.recipe.run.evaluate_every):
+            _evaluate(job, began, metrics, display, interrupts)
+
+
+def _go_back(job: _Job, error: WeightsLostError, store: CheckpointStore, metrics: Metrics, display: Display) -> None:
+    """Load the last checkpoint, and go on from there without the worker that took weights with it."""
+    earlier = store.load()
+    if earlier.step <= job.back_at:
+        job.turns += 1
+    else:
+        job.back_at, job.turns = earlier.step, 1
+    if job.turns > MOST_TURNS:
+        raise error
+    display.note(f"{error}\ngoing back to step {earlier.step}")
+    job.go_back(earlier)
+    metrics.go_back(job.step)
 
 
 def _report(job: _Job, record: Step, metrics: Metrics, display: Display) -> None:
@@ -164,7 +196,8 @@ def _one_step(job: _Job, began: float) -> Step:
     job.optimizer.zero_grad()
     loss.backward()
     if recipe.run.clip_norm:
-        torch.nn.utils.clip_grad_norm_(job.model.parameters(), recipe.run.clip_norm)
+        clip = torch.nn.utils.clip_grad_norm_ if session is None else session.clip_grad_norm_
+        clip(job.model.parameters(), recipe.run.clip_norm)
     job.optimizer.step()
     job.scheduler.step()
     job.order.advance()
@@ -219,6 +252,9 @@ class _Job:
             self._restore(earlier)
         self.generators = _Generators()
         self.session: Session | None = None
+        self.moment: _Moment
+        self.back_at, self.turns = -1, 0
+        """The step that was last gone back to, and how often."""
         self.placed = False
         """Whether the session has placed the layers: it does when the first batch comes."""
 
@@ -250,6 +286,14 @@ class _Job:
             tensors[name], state[name] = flatten(part)
         store.save(self.step, {name: group for name, group in tensors.items() if group}, state)
         self._saved = self.step
+
+    def go_back(self, earlier: Checkpoint) -> None:
+        """To an earlier step of this very run, whose time goes on."""
+        elapsed = self.elapsed
+        if self.session is not None:
+            self.session.abandon_lost_weights()
+        self._restore(earlier)
+        self.elapsed = elapsed
 
     def _restore(self, earlier: Checkpoint) -> None:
         def part(name: str) -> Any:
@@ -391,7 +435,7 @@ def _save_after(error: TempoError, job: _Job, store: CheckpointStore) -> None:
     if not isinstance(error, NonFiniteError):
         try:
             job.save_once(store)
-        except CheckpointError as other:
+        except TempoError as other:
             if str(other) != str(error):
                 error.add_note(str(other))
     if steps := store.steps():
