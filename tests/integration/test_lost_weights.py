@@ -75,7 +75,7 @@ def test_every_lie_is_caught_and_the_run_ends_with_plain_pytorch_s_numbers(
     lie: str, scheme: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Not with its first answer, so that there is something to lose.
-    told = lie if lie in UPDATE_LIES else f"{lie}:9"
+    told = lie if lie in UPDATE_LIES else f"{lie}:5"
     with session_with("", told, "", scheme=scheme, update="worker") as session, caplog.at_level(logging.ERROR, "tempo"):
         found, failures = resilient(session)
         incidents = session.incidents
@@ -121,7 +121,6 @@ def test_fetched_weights_are_checked_before_they_are_used() -> None:
         optimizer.step()
         honest = session._engine.links[0]
         assert isinstance(model.weight, AwayParameter)
-        session._engine.residences  # noqa: B018
         # The worker's numbers change under its hands, as by faulty memory.
         (residence,) = session._engine.residences
         residence.sketch._w += 1.0
@@ -130,7 +129,7 @@ def test_fetched_weights_are_checked_before_they_are_used() -> None:
         assert honest._lost is not None
 
 
-@pytest.mark.parametrize("number", range(3, 40, 6))
+@pytest.mark.parametrize("number", [4, 13, 22])
 def test_a_worker_killed_at_any_request_loses_no_more_than_what_a_checkpoint_has(number: int) -> None:
     with tempo.connect(
         scheme="mix",
@@ -166,7 +165,7 @@ def test_what_was_not_changed_since_it_was_stored_is_not_lost() -> None:
     ) as session:
         model = session.protect(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)))
         before = copy.deepcopy(model.state_dict())
-        session.optimizer(optimizer_of(model))
+        optimizer = session.optimizer(optimizer_of(model))
         model(torch.randn(48, 64))
         assert any(isinstance(p, AwayParameter) for p in model.parameters())
         for link in session._engine.links[1:]:
@@ -175,6 +174,7 @@ def test_what_was_not_changed_since_it_was_stored_is_not_lost() -> None:
         model(torch.randn(48, 64)).sum()
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name])
+        assert optimizer.state_dict()["state"] == {}
 
 
 def job(folder: Path, **session: Any) -> recipes.Recipe:
@@ -225,9 +225,10 @@ def test_an_interrupted_job_resumes_what_optimizers_kept_on_workers(tmp_path: Pa
             raise KeyboardInterrupt
         return one_step(state, began)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_one_step", interrupted)
-        training.train(first, console)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(first, console)
     training.train(job(tmp_path / "away", **away), console, resume=True)
     console.file.close()
     assert losses(tmp_path / "away") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4, abs=1e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -110,6 +110,15 @@ class Engine:
         """Which workers take part in a product of so many ``flops``; the rest as for `Crew.targets`."""
         self.check_open()
         return self.crew.targets(number, rows, flops < self.settings.divide_flops, operators)
+
+    def home(self, size: int) -> Target:
+        """Which worker a weight of so many elements is to live on: one each, large shares get more."""
+        self.check_open()
+        held = Counter[int]()
+        for residence in self.residences:
+            held[residence.target.worker] += residence.size
+        everyone = self.crew.targets(0, len(self.links), False)
+        return min(everyone, key=lambda target: (held[target.worker] + size) / target.share)
 
     def dismiss(self, error: WorkerError) -> None:
         """Go on without the worker that ``error`` is about; raises it where nobody is left (see `Crew.dismiss`).

@@ -140,7 +140,7 @@ class Product:
         terms = engine.terms(weights) if same else None
         if terms is None:
             return None
-        target = engine.targets(self.number, 1, 0)[0]  # whole, to one worker: dW sums over all rows
+        target = engine.home(sum(w.numel() for w in weights))  # one worker: dW sums over all rows
         self.residence = Residence(self, weights, terms, target)
         return self.residence
 

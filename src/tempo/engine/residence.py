@@ -21,6 +21,7 @@ from tempo.errors import SchemeError, WeightsLostError, WorkerError
 from tempo.schemes.base import Operand, Target, UpdatableWeight
 from tempo.verify.sketch import Sketch
 from tempo.wire.messages import Fetch, Rule, Update
+from tempo.worker.update import states
 
 if TYPE_CHECKING:
     from tempo.engine.product import Product
@@ -35,10 +36,6 @@ class Terms(ABC):
     @abstractmethod
     def rule(self, steps: int) -> Rule:
         """The optimizer's next step; ``steps`` were made since `state`."""
-
-    @abstractmethod
-    def kept(self, rule: Rule) -> Sequence[str]:
-        """Names of what ``rule`` keeps from now on."""
 
     @abstractmethod
     def state(self, parameters: Sequence[nn.Parameter]) -> dict[str, Tensor]:
@@ -73,6 +70,7 @@ class Residence:
         self.where = str(engine.links[target.worker].address)
         self.parameters = [w for w in weights if isinstance(w, nn.Parameter)]
         self.sizes = [len(w) for w in weights]
+        self.size = sum(w.numel() for w in weights)
         self.dtype = weights[0].dtype
         self.steps = 0
         """Updates since the weight was stored."""
@@ -168,7 +166,7 @@ class Residence:
         if self.sketch is not None:
             with engine.stats.timed("verify"):
                 self.sketch.update(rule, self.scale)
-        self._kept = list(dict.fromkeys([*self._kept, *self.terms.kept(rule)]))
+        self._kept = list(dict.fromkeys([*self._kept, *states(rule)]))
         self._changed = True
         self.steps += 1
         self.gradient, self.scale = False, 1.0

@@ -48,10 +48,6 @@ class GroupTerms(Terms):
         """With the group's present hyper-parameters."""
         return self._kind.rule(self._group, self._shape, int(self._before) + steps)
 
-    def kept(self, rule: Rule) -> Sequence[str]:
-        """As `torch.optim` names it."""
-        return self._kind.keeps(self._group)
-
     def state(self, parameters: Sequence[nn.Parameter]) -> dict[str, Tensor]:
         """All but the number of steps, which is no secret."""
         states = [self._optimizer.state.get(p, {}) for p in parameters]
