@@ -52,6 +52,9 @@ class Sketch:
         gradient: Its gradient so far, as sent.
         vectors: How many secret vectors of each kind.
 
+    Raises:
+        ValueError: The state is of an optimizer that is not linear.
+
     Attributes:
         check: For products with the weight as it is now.
     """
@@ -64,6 +67,8 @@ class Sketch:
         gradient: Tensor | None = None,
         vectors: int = VECTORS,
     ) -> None:
+        if unknown := set(state or {}) - {"momentum_buffer"}:
+            raise ValueError(f"no sketch follows {', '.join(sorted(unknown))}")
         self.check = WeightCheck(Linear(), w_masked, key, vectors)
         self._u = hypot(torch.finfo(w_masked.dtype).eps, torch.finfo(torch.float64).eps) / 2  # a worker's and ours
         self._form = Matrices(torch.float64)
@@ -240,7 +245,8 @@ class Sketch:
 
     def _drift(self, name: str) -> float:
         """How far an honest worker's may be from the sketched one."""
-        return sqrt(float(self._errors[_FOLLOWED.index(name), _FOLLOWED.index(name)]))
+        square = self._errors.diagonal()[_FOLLOWED.index(name)]
+        return float(square.clamp(min=0).sqrt())
 
 
 def _lengths(seen: Tensor) -> Tensor:
