@@ -47,6 +47,8 @@ def plain_losses() -> list[float]:
 
 def resilient(session: Session, every: int = 2) -> tuple[list[float], list[tuple[int, WorkerError]]]:
     """A loop with checkpoints; its losses, and what went wrong at which step."""
+    crew = session._engine.crew
+    crew.shares[:] = [1.0] * len(crew.shares)  # whoever was measured slow on a busy machine
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = session.protect(Attention())
