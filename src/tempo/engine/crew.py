@@ -55,6 +55,8 @@ class Crew:
         self.banned: set[str] = set()
         """Operators found lying. What was masked for one of them is masked anew for the others."""
         self._gone: set[int] = set()
+        self._divided = False
+        """Whether any product was divided over operators."""
 
     @property
     def present(self) -> list[int]:
@@ -91,6 +93,7 @@ class Crew:
         everyone = [Target(i, self.links[i].address.operator, self.shares[i]) for i in self.present]
         parties = list(dict.fromkeys(target.operator for target in everyone))
         if operators > 1 and len(parties) > 1:
+            self._divided = True
             chosen = [parties[(number + i) % len(parties)] for i in range(min(operators, len(parties)))]
             teams = [[target for target in everyone if target.operator == operator] for operator in chosen]
         else:
@@ -141,7 +144,8 @@ class Crew:
             return
         left = ", ".join(str(self.links[number].address) for number in rest)
         log.error("%s; going on without it%s, with: %s", str(error), " and its operator" if lied else "", left)
-        if len(operators) > 1 and len({self.links[number].address.operator for number in rest}) == 1:
+        alone = len({self.links[number].address.operator for number in rest}) == 1
+        if self._divided and len(operators) > 1 and alone:
             warnings.warn(
                 "workers of a single operator are left: schemes that divide a layer over two operators do not any more",
                 ProtectionWarning,
