@@ -186,7 +186,7 @@ def flood(where: Where, stop: threading.Event, make: Callable[[int], bytes]) -> 
 CLIENTS: dict[str, Client] = {
     client.__name__.replace("_", " "): client
     for client in (
-        nobody, garbage, silence, half_a_frame, huge_frame, connections, never_reads, asks_too_much, empty_requests, notices,
-        products, large_products, large_probes,
+        nobody, garbage, silence, half_a_frame, huge_frame, connections, never_reads, asks_too_much, empty_requests,
+        notices, products, large_products, large_probes,
     )
 }  # fmt: skip
