@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -59,8 +60,10 @@ def swallow(sock: socket.socket, stop: threading.Event) -> None:
 
 def linger(sock: socket.socket, stop: threading.Event) -> None:
     """Until the worker hangs up, or the end; reads nothing."""
-    while not stop.wait(0.1):
-        sock.send(b"", socket.MSG_DONTWAIT)
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    while not (stop.is_set() or poll.poll(100)):
+        continue
 
 
 def matrix(name: str, rows: int, columns: int) -> TensorRef:

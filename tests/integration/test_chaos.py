@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import small_job
 import torch
+from relay import WAYS, Relay, tcp_pair
 from small_job import network
 from torch import nn
 
@@ -35,7 +36,7 @@ from tempo.worker.server import Options, Server
 
 RUNS = int(os.environ.get("TEMPO_CHAOS_RUNS", "6"))
 TABLE = os.environ.get("TEMPO_CHAOS_TABLE", "")
-FAULTS = ("kill", "freeze", "cut", "lie")
+FAULTS = ("kill", "freeze", "hang up", "cut", "lie")
 NAME = "0123456789abcdef"
 STALL = 3.0
 
@@ -57,8 +58,20 @@ def losses(model: nn.Module, steps: int = 4) -> list[float]:
     return small_job.losses(model, steps)
 
 
-def strike(link: Link, process: BaseProcess, fault: str, at: int, *, after: bool) -> None:
-    """Let ``fault`` befall the worker just before or after its request of that number is sent."""
+def strike(
+    link: Link, process: BaseProcess, relay: Relay | None, fault: str, at: int, way: str, *, after: bool
+) -> None:
+    """Let ``fault`` befall the worker just before or after its request of that number is sent.
+
+    Args:
+        link: To the worker.
+        process: The worker's.
+        relay: Between the two.
+        fault: One of `FAULTS`, but for lies.
+        at: Number of the request.
+        way: That is cut.
+        after: Whether the request is sent before.
+    """
     count, request = [0], link.request
 
     def disturbed(*arguments):
@@ -69,6 +82,8 @@ def strike(link: Link, process: BaseProcess, fault: str, at: int, *, after: bool
                 process.kill()
             elif fault == "freeze":
                 os.kill(process.pid, signal.SIGSTOP)
+            elif fault == "cut":
+                relay.cut(way)
             else:
                 link._channel.stream.shutdown()
         return futures or request(*arguments)
@@ -98,14 +113,20 @@ def one_run(seed: int, fork: multiprocessing.context.ForkServerContext, expected
     processes = []
     started = time.monotonic()
     with ExitStack() as stack:
-        links = []
+        links, relays = [], []
         for number in range(count):
             lie = f"{chance.choice(list(LIES))}:{chance.randint(1, 30)}" if faults.get(number) == "lie" else ""
-            ours, theirs = socket.socketpair()
+            # Some over a relay, since shared memory's descriptors pass none.
+            relayed = faults.get(number) == "cut" or chance.random() < 0.3
+            ours, near = tcp_pair() if relayed else socket.socketpair()
+            far, theirs = tcp_pair() if relayed else (near, near)
             process = fork.Process(target=serve, args=(theirs, lie))
             process.start()
             theirs.close()
             processes.append(process)
+            relays.append(Relay(near, far) if relayed else None)
+            if relayed:
+                stack.callback(relays[-1].close)
             stack.callback(process.join)
             stack.callback(process.kill)
             address = Address(host=f"worker{number}", operator=f"operator{number}")
@@ -116,7 +137,9 @@ def one_run(seed: int, fork: multiprocessing.context.ForkServerContext, expected
         model = session.protect(network())
         for number, fault in faults.items():
             if fault != "lie":
-                strike(links[number], processes[number], fault, chance.randint(1, 40), after=chance.random() < 0.5)
+                moment, way = chance.randint(1, 40), chance.choice(WAYS)
+                after = chance.random() < 0.5
+                strike(links[number], processes[number], relays[number], fault, moment, way, after=after)
         try:
             found = losses(model)
             outcome = "same numbers"

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -122,6 +123,8 @@ class Link:
             stream.close()
             raise
         stream.set_timeout(settings.stall_timeout, sending=settings.request_timeout)
+        self._stall_timeout = settings.stall_timeout
+        self._unheard: tuple[int, float] | None = None
         self._shared = isinstance(stream, SocketStream) and stream.is_unix and "shm" in self.welcome.capabilities
         # Two pools, so that what comes back never lies where this side wrote something.
         self._outgoing: BlockPool = SharedPool(self._segments, answers=False) if self._shared else PrivatePool()
@@ -307,6 +310,8 @@ class Link:
                     self._resolve(message)
                 elif isinstance(message, Failure):
                     self._report(message)
+                elif isinstance(message, Alive):
+                    self._heed(message)
         except Exception as error:  # whatever it was, nobody may wait for ever
             self._lose(self._broken(error))
 
@@ -343,6 +348,16 @@ class Link:
             else:
                 self._incoming.give(want.block)
             want.future.set_result(want.tensor)
+
+    def _heed(self, message: Alive) -> None:
+        """A worker that starves while it owes an answer does not hear us: the way there is cut, the way back is not."""
+        oldest = min(list(self._pending), default=0)
+        if not (message.starved and oldest):
+            self._unheard = None
+        elif self._unheard is None or self._unheard[0] != oldest:
+            self._unheard = oldest, time.monotonic()
+        elif time.monotonic() - self._unheard[1] > self._stall_timeout:
+            raise TimeoutError(f"it is alive, but nothing of a request reached it for {self._stall_timeout:g} s")
 
     def _report(self, message: Failure) -> None:
         why = _printable(message.message)

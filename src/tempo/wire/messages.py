@@ -257,7 +257,13 @@ class Failure(_Struct, frozen=True, tag="failure"):
 
 
 class Alive(_Struct, frozen=True, tag="alive"):
-    """A sign of life, sent every `BEAT` seconds whatever else happens: a worker that is silent for longer is stuck."""
+    """A sign of life, sent every `BEAT` seconds whatever else happens: a worker that is silent for longer is stuck.
+
+    ``starved``: all that arrived is served, and nothing came since the sign before. Who waits for an answer, and is
+    told so again and again, is not heard any more.
+    """
+
+    starved: bool
 
 
 BEAT = 1.0

@@ -21,12 +21,18 @@ _KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP
 
 
 class Stream(ABC):
-    """A connected socket. Takes ownership of it."""
+    """A connected socket. Takes ownership of it.
+
+    Attributes:
+        descriptors: File descriptors that came, in order.
+        received: Bytes read so far.
+    """
 
     def __init__(self, sock: socket.socket, timeout: float | None) -> None:
         self._sock = sock
         self._owner = os.getpid()
         self.descriptors: deque[int] = deque()
+        self.received = 0
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # notice a host that vanished
@@ -59,6 +65,7 @@ class Stream(ABC):
             if count == 0:
                 raise EOFError("the other end closed the connection in the middle of it")
             done += count
+            self.received += count
 
     @final
     def write(self, buffers: Sequence[memoryview], descriptor: int | None = None) -> None:

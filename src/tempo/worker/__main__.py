@@ -26,6 +26,9 @@ def worker(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; start one worker for each GPU.")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for all cores.")] = 0,
     memory_limit: Annotated[str, typer.Option(help="Most memory for all sessions, such as 8GiB.")] = "",
+    session_limit: Annotated[
+        str, typer.Option(help="Most memory for one of them; no limit of its own by default.")
+    ] = "",
     transcript: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Record every tensor received or returned.")
     ] = None,
@@ -49,7 +52,10 @@ def worker(
     if threads:
         torch.set_num_threads(threads)
     try:
-        server = Server(Options(device, memory_limit, transcript, identity, peers, insecure_no_tls, null, insecure_lie))
+        options = Options(
+            device, memory_limit, session_limit, transcript, identity, peers, insecure_no_tls, null, insecure_lie
+        )
+        server = Server(options)
         if inherit_fd >= 0:
             log.setLevel(logging.WARNING)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trusted process, which then ends us

@@ -103,13 +103,13 @@ class Account:
     def reserve(self, size: int) -> None:
         """Use ``size`` bytes, or raise `Refusal`."""
         limit = self._budget.session_limit
-        if self._used - self.spare + size > limit:
+        if self._used + size > limit:
+            self.trim()
+        if self._used + size > limit:
             raise Refusal(
                 "out-of-memory",
                 f"{human(size)} more would exceed a session's limit of {human(limit)} ({human(self._used)} in use)",
             )
-        if self._used + size > limit:
-            self.trim()
         self._budget.reserve(size)
         with self._lock:
             self._used += size

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from tempo.wire.memory import Block
 from tempo.wire.messages import Conv, Linear, Product, Rule, Shape
 from tempo.worker.budget import Account
 from tempo.worker.refusal import Refusal
+from tempo.worker.turns import Turns
 from tempo.worker.update import apply
 
 
@@ -33,6 +34,13 @@ class Kept:
 
     tensor: Tensor
     free: Callable[[], None]
+
+
+_HOST_QUANTUM: Final = 1 << 28
+"""FLOPs of a turn on one CPU thread: a few milliseconds."""
+
+_DEVICE_QUANTUM: Final = 1 << 35
+"""FLOPs of a turn on a GPU: about a millisecond."""
 
 
 class Compute(ABC):
@@ -94,6 +102,7 @@ class TorchCompute(Compute):
         self.on_host = device.type == "cpu"
         if not self.on_host:
             _forbid_coarse_sums()
+        self._turns = Turns(_HOST_QUANTUM * torch.get_num_threads() if self.on_host else _DEVICE_QUANTUM)
         name = "" if self.on_host else f" ({torch.cuda.get_device_name(device)})"
         self.description = f"{device}{name}"
 
@@ -134,33 +143,42 @@ class TorchCompute(Compute):
     def forward(self, product: Product, x: Tensor, w: Tensor, out: Tensor) -> None:
         """``x wᵀ``, or the convolution."""
         x, w = self._operands(product, x, w)
-        if isinstance(product, Linear):
-            self._multiply(x, w.t(), out)
-        else:
-            out.copy_(_convolve(product, x, w))
+        for rows in self._parts(product, out, out, w):
+            with self._turns:
+                if isinstance(product, Linear):
+                    self._multiply(x[rows], w.t(), out[rows])
+                else:
+                    out[rows].copy_(_convolve(product, x[rows], w))
 
     def input_gradient(self, product: Product, g: Tensor, w: Tensor, out: Tensor) -> None:
         """``g w``, or the convolution's."""
         g, w = self._operands(product, g, w)
-        if isinstance(product, Linear):
-            self._multiply(g, w, out)
-        else:
-            shape_only = w.new_empty(1).expand(out.shape)
-            out.copy_(_convolve_backward(product, g, shape_only, w, 0))
+        for rows in self._parts(product, out, g, w):
+            with self._turns:
+                if isinstance(product, Linear):
+                    self._multiply(g[rows], w, out[rows])
+                else:
+                    shape_only = w.new_empty(1).expand(out[rows].shape)
+                    out[rows].copy_(_convolve_backward(product, g[rows], shape_only, w, 0))
 
     def weight_gradient(self, product: Product, g: Tensor, x: Tensor, out: Tensor) -> None:
         """``gᵀ x``, or the convolution's."""
         g, x = self._operands(product, g, x)
-        if isinstance(product, Linear):
-            self._multiply(g.t(), x, out)
-        else:
-            shape_only = x.new_empty(1).expand(out.shape)
-            out.copy_(_convolve_backward(product, g, x, shape_only, 1))
+        for rows in self._parts(product, out, g, out):
+            with self._turns:
+                if isinstance(product, Linear):
+                    self._multiply(g[:, rows].t(), x, out[rows])
+                else:
+                    shape_only = x.new_empty(1).expand(out[rows].shape)
+                    out[rows].copy_(_convolve_backward(product, g[:, rows], x, shape_only, 1))
 
     def accumulate(self, product: Product, g: Tensor, x: Tensor, gradient: Tensor) -> None:
         """Linear products without a copy, where the dtypes are one."""
         if isinstance(product, Linear) and g.dtype == x.dtype == gradient.dtype:
-            gradient.addmm_(g.to(self.device).t(), x)
+            g = g.to(self.device)
+            for rows in self._parts(product, gradient, g, gradient):
+                with self._turns:
+                    gradient[rows].addmm_(g[:, rows].t(), x)
             return
         dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), gradient.dtype)
         dw = torch.empty_like(gradient, dtype=dtype)
@@ -169,7 +187,8 @@ class TorchCompute(Compute):
 
     def update(self, rule: Rule, scale: float, w: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
         """In place."""
-        apply(rule, w, gradient.mul_(scale), state)
+        with self._turns:
+            apply(rule, w, gradient.mul_(scale), state)
 
     def fetch(self, kept: Tensor, out: Tensor) -> None:
         """A copy."""
@@ -182,13 +201,21 @@ class TorchCompute(Compute):
     def probe(self, size: int) -> None:
         """Returns when the product is there."""
         a = torch.ones(size, size, device=self.device)
-        torch.mm(a, a)
-        if not self.on_host:
-            torch.cuda.synchronize(self.device)
+        for rows in self._parts(Linear(), a, a, a):
+            with self._turns:
+                torch.mm(a[rows], a)
+                if not self.on_host:
+                    torch.cuda.synchronize(self.device)
 
     def fill(self, out: Tensor) -> None:
         """Zeros."""
         out.zero_()
+
+    def _parts(self, product: Product, out: Tensor, y: Tensor, w: Tensor) -> Iterator[slice]:
+        """Rows of ``out`` for one turn each, where ``y`` (or ``g``) and ``w`` are of the product's shapes."""
+        whole = out is w and isinstance(product, Conv) and product.groups > 1  # its rows belong to different groups
+        least = len(out) if whole else 128 if isinstance(product, Linear) else 8
+        return self._turns.parts(len(out), 2 * y.numel() * w.numel() // max(len(w), 1), max(least, 1))
 
     def _operands(self, product: Product, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(a.dtype, b.dtype)

@@ -57,6 +57,11 @@ class JobQueue:
         self._current = None if self._closed else job
         return self._current
 
+    @property
+    def idle(self) -> bool:
+        """Whether all that was put is done."""
+        return not self._count
+
     def wait_until_idle(self) -> None:
         """Wait until all that was put is done."""
         with self._room:

@@ -39,6 +39,7 @@ class Options:
 
     device: str = "cpu"
     memory_limit: str = ""
+    session_limit: str = ""
     transcript: Path | None = None
     identity: Path | None = None
     peers: Path | None = None
@@ -56,7 +57,10 @@ class Server:
             raise SettingsError("--null computes nothing, so there is nothing for --transcript to record")
         self._options = options
         self._compute = _compute(options)
-        self._budget = Budget(parse_size(options.memory_limit) if options.memory_limit else _memory(self._compute))
+        self._budget = Budget(
+            parse_size(options.memory_limit) if options.memory_limit else _memory(self._compute),
+            parse_size(options.session_limit) if options.session_limit else None,
+        )
         self._door = Door()
         self._listener: socket.socket | None = None
         self._closed = threading.Event()

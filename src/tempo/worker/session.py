@@ -163,8 +163,11 @@ class Session:
     def _beat(self, over: threading.Event) -> None:
         """Send signs of life: from a thread of their own, since receiving and computing may both take long."""
         try:
+            before = -1
             while not over.wait(BEAT):
-                self._channel.send(Alive())
+                received = self._channel.stream.received
+                self._channel.send(Alive(received == before and self._queue.idle))
+                before = received
         except OSError:
             return  # the receiving thread notices, too
 
