@@ -105,6 +105,14 @@ def machine() -> dict[str, str]:
     }
 
 
+def null_session(settings: Settings) -> Session:
+    """A session with a worker that answers at once: for what the trusted side takes alone."""
+    name = secrets.token_hex(8)
+    session = Session(start_local_workers(settings, session=name, null=True), settings, name)
+    session._engine.verifier = _Lenient(settings.verify)
+    return session
+
+
 def measure(name: str, settings: Settings, steps: int, report: Callable[[str], None]) -> Measurement:
     """Benchmark the workload ``name`` under ``settings``, with one thread on every side.
 
@@ -134,10 +142,7 @@ def _measure(name: str, settings: Settings, steps: int, report: Callable[[str], 
     workload = WORKLOADS[name]()
     report(f"{workload.description}: starting workers")
     settings = msgspec.structs.replace(settings, local_threads=1)
-    null_name = secrets.token_hex(8)
-    null_links = start_local_workers(settings, session=null_name, null=True)
-    null = stack.enter_context(Session(null_links, settings, null_name))
-    null._engine.verifier = _Lenient(settings.verify)
+    null = stack.enter_context(null_session(settings))
     real = stack.enter_context(connect(settings=settings))
     plain_step = _Step(workload, copy.deepcopy(workload.model))
     real_step = _Step(workload, copy.deepcopy(workload.model), real)
@@ -151,7 +156,7 @@ def _measure(name: str, settings: Settings, steps: int, report: Callable[[str], 
     with null.trusted_products(null_step.model) as trusted:
         null_step.run()
 
-    period = _period(null)
+    period = period_of(null)
     steps = math.ceil(steps / period) * period
     before = null.stats()
     for number in range(steps):
@@ -160,7 +165,7 @@ def _measure(name: str, settings: Settings, steps: int, report: Callable[[str], 
         real_step.run()
         null_step.run()
     used = null.stats() - before
-    plain, protected, alone = (_per_step(step.times[-steps:], period) for step in (plain_step, real_step, null_step))
+    plain, protected, alone = (per_step(step.times[-steps:], period) for step in (plain_step, real_step, null_step))
     scaled = alone / (sum(null_step.times[-steps:]) / steps)  # the split adds up to the median
     mask, verify, wire = (used.seconds[what] / steps * scaled for what in ("mask", "verify", "wire"))
     wire += used.seconds["worker"] / steps * scaled
@@ -189,7 +194,7 @@ def _measure(name: str, settings: Settings, steps: int, report: Callable[[str], 
     )
 
 
-def _period(session: Session) -> int:
+def period_of(session: Session) -> int:
     """Steps between two changes of masks of weights that live on workers; 1 where none does."""
     elements: Counter[int] = Counter()
     for residence in session._engine.residences:
@@ -198,7 +203,7 @@ def _period(session: Session) -> int:
     return max(elements, key=elements.__getitem__, default=1)
 
 
-def _per_step(times: Sequence[float], period: int) -> float:
+def per_step(times: Sequence[float], period: int) -> float:
     """The mean over a period of the median of each of its steps."""
     return sum(median(times[start::period]) for start in range(period)) / period
 
