@@ -114,8 +114,10 @@ class Updates:
     def for_free(
         self, optimizer: torch.optim.Optimizer, layers: Mapping[nn.Parameter, Scheme]
     ) -> dict[nn.Parameter, Scheme]:
-        """Those of ``layers`` that workers may update as ``update="auto"`` understands it: it is exact, and tells them
-        nothing more. Of the others, the log says why not, and what it would save."""
+        """Those of ``layers`` that workers may update under ``update="auto"``: it is exact, and tells them nothing more.
+
+        Of the others, the log says why not, and what it would save.
+        """
         free: dict[nn.Parameter, Scheme] = {}
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for scheme in dict.fromkeys(layers.values()):
