@@ -187,13 +187,15 @@ class Session:
             ``optimizer`` itself.
 
         Raises:
-            UpdateError: It is not exact under the masks of a model's scheme, or cannot be verified; names those that
-                are and can.
+            UpdateError: Under ``update="worker"``: it is not exact under the masks of a model's scheme, or cannot be
+                verified; names those that are and can.
         """
         self._engine.check_open()
         if self.settings.update == "trusted":
             return optimizer
         weights = self._weights_to_update()
+        if self.settings.update == "auto" and not (weights := self._updates.for_free(optimizer, weights)):
+            return optimizer
         for layer in self._layers:
             if any(p in weights for p in layer.module.parameters(recurse=False)):
                 self._hooks += follow_state(layer.module)

@@ -43,7 +43,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     update: Literal["trusted", "worker", "auto"] = "trusted"
     """Where the weights of `Session.optimizer` are updated: ``trusted`` here; ``worker`` where they are multiplied, so
     that their gradients never travel, and masks of features stay as they are for ``rekey_rows`` rows; ``auto`` where
-    fewer bytes travel, if that gives nothing away that ``trusted`` does not."""
+    fewer bytes travel, if that gives nothing away that ``trusted`` does not: under ``insecure-plain`` alone, so far."""
 
     divide_flops: Annotated[int, Meta(ge=1)] = 1 << 27
     """Products below this many FLOPs go whole to one worker: dividing them costs more round trips than it saves."""

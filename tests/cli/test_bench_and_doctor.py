@@ -32,6 +32,25 @@ def test_bench_reports_what_it_measured(monkeypatch):
     assert result.bytes_up == result.bytes_down > 0
 
 
+def test_bench_averages_over_the_steps_that_weights_on_workers_keep_their_masks(monkeypatch):
+    monkeypatch.setitem(bench.WORKLOADS, "tiny", tiny)
+
+    def measured(update: str) -> bench.Measurement:
+        settings = Settings(scheme="tempo-signed", placement="all", update=update, rekey_rows=4 * 8 * 17)
+        return bench.measure("tiny", settings, 1, lambda line: None)
+
+    here, away = measured("trusted"), measured("worker")
+    assert (here.period, here.steps) == (1, 1)
+    assert (away.period, away.steps) == (4, 4)
+    # Once in four steps the weights of the block go out anew, each with its momentum; those of the classifier, with
+    # its 8 rows a step, did not in these.
+    assert here.encryptions == {"x": 5, "w": 5, "g": 5}
+    assert away.encryptions == {"x": 5, "w": 2 * 4 / 4, "g": 5}
+    block, classifier = 4 * 4 * 32 * 32 + 2 * 4 * 32 * 64, 4 * 32 * 10
+    assert here.bytes_up - away.bytes_up == block // 2 + classifier
+    assert here.bytes_down - away.bytes_down == block // 2 + classifier
+
+
 def test_bench_names_the_nearest_model():
     with pytest.raises(SettingsError, match="vit-small"):
         bench.measure("vit-smal", Settings(), 1, lambda line: None)

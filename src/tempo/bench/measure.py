@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import platform
 import secrets
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,14 +28,24 @@ from tempo.errors import SettingsError, nearest
 from tempo.session import Session, connect
 from tempo.settings import Settings
 from tempo.verify.checks import Residual
+from tempo.verify.sketch import Sketch
 
 
 class Measurement(msgspec.Struct, kw_only=True):
-    """The outcome of one benchmark. Times are medians over the steps, in seconds."""
+    """The outcome of one benchmark. Times are medians over the steps, in seconds.
+
+    Under ``update="worker"`` masks expire once in ``period`` steps: whole periods are timed, and a time is the mean
+    over one of the medians of its steps.
+    """
 
     model: str
     description: str
     scheme: str
+    update: str = "trusted"
+    """Where weights are updated."""
+    period: int = 1
+    """Steps from one change of masks of a weight that lives on a worker to the next; most of the weights' elements
+    have this one."""
     plain_step: float
     """The whole step in the trusted process: the pure-TEE baseline."""
     protected_step: float
@@ -55,8 +67,10 @@ class Measurement(msgspec.Struct, kw_only=True):
     """Of ``trusted_step``: trusted layers, optimizer, everything else."""
     bytes_up: int
     bytes_down: int
-    encryptions: dict[str, int]
+    encryptions: dict[str, float]
+    """Per step. ``w`` counts weights, and what optimizers keep of them and is sent along."""
     steps: int
+    """How many were timed of each kind."""
     loss_difference: float
     """Relative difference between the protected and the plain loss of the first step."""
     machine: dict[str, str]
@@ -66,6 +80,9 @@ class _Lenient(Verifier):
     """Checks as ever and lets everything pass: a null worker's answers mean nothing."""
 
     def judge(self, address: str, step: int, name: str, answer: Tensor, residual: Residual) -> None:
+        """Never an error."""
+
+    def judge_norm(self, address: str, step: int, norm: float, sketch: Sketch) -> None:
         """Never an error."""
 
 
@@ -88,13 +105,21 @@ def machine() -> dict[str, str]:
     }
 
 
+def null_session(settings: Settings) -> Session:
+    """A session with a worker that answers at once: for what the trusted side takes alone."""
+    name = secrets.token_hex(8)
+    session = Session(start_local_workers(settings, session=name, null=True), settings, name)
+    session._engine.verifier = _Lenient(settings.verify)
+    return session
+
+
 def measure(name: str, settings: Settings, steps: int, report: Callable[[str], None]) -> Measurement:
     """Benchmark the workload ``name`` under ``settings``, with one thread on every side.
 
     Args:
         name: A key of `WORKLOADS`.
         settings: Scheme and the like; placement ``auto`` decides as it would for a user.
-        steps: Timed steps of each kind, after one that is not.
+        steps: Timed steps of each kind, at least, after some that are not.
         report: Called with a line before each stage.
 
     Raises:
@@ -117,10 +142,7 @@ def _measure(name: str, settings: Settings, steps: int, report: Callable[[str], 
     workload = WORKLOADS[name]()
     report(f"{workload.description}: starting workers")
     settings = msgspec.structs.replace(settings, local_threads=1)
-    null_name = secrets.token_hex(8)
-    null_links = start_local_workers(settings, session=null_name, null=True)
-    null = stack.enter_context(Session(null_links, settings, null_name))
-    null._engine.verifier = _Lenient(settings.verify)
+    null = stack.enter_context(null_session(settings))
     real = stack.enter_context(connect(settings=settings))
     plain_step = _Step(workload, copy.deepcopy(workload.model))
     real_step = _Step(workload, copy.deepcopy(workload.model), real)
@@ -134,6 +156,8 @@ def _measure(name: str, settings: Settings, steps: int, report: Callable[[str], 
     with null.trusted_products(null_step.model) as trusted:
         null_step.run()
 
+    period = period_of(null)
+    steps = math.ceil(steps / period) * period
     before = null.stats()
     for number in range(steps):
         report(f"{workload.description}: step {number + 1} of {steps}")
@@ -141,7 +165,7 @@ def _measure(name: str, settings: Settings, steps: int, report: Callable[[str], 
         real_step.run()
         null_step.run()
     used = null.stats() - before
-    plain, protected, alone = (median(step.times[-steps:]) for step in (plain_step, real_step, null_step))
+    plain, protected, alone = (per_step(step.times[-steps:], period) for step in (plain_step, real_step, null_step))
     scaled = alone / (sum(null_step.times[-steps:]) / steps)  # the split adds up to the median
     mask, verify, wire = (used.seconds[what] / steps * scaled for what in ("mask", "verify", "wire"))
     wire += used.seconds["worker"] / steps * scaled
@@ -149,6 +173,8 @@ def _measure(name: str, settings: Settings, steps: int, report: Callable[[str], 
         model=name,
         description=workload.description,
         scheme=settings.scheme,
+        update=settings.update,
+        period=period,
         plain_step=plain,
         protected_step=protected,
         trusted_step=alone,
@@ -161,11 +187,25 @@ def _measure(name: str, settings: Settings, steps: int, report: Callable[[str], 
         other_seconds=alone - mask - verify - wire,
         bytes_up=used.bytes_sent // steps,
         bytes_down=used.bytes_received // steps,
-        encryptions={operand: count // steps for operand, count in used.encryptions.items()},
+        encryptions={operand: count / steps for operand, count in used.encryptions.items()},
         steps=steps,
         loss_difference=difference,
         machine=machine(),
     )
+
+
+def period_of(session: Session) -> int:
+    """Steps between two changes of masks of weights that live on workers; 1 where none does."""
+    elements: Counter[int] = Counter()
+    for residence in session._engine.residences:
+        per_step = residence.stored.rows_served / residence.steps
+        elements[math.ceil(session.settings.rekey_rows / per_step)] += sum(p.numel() for p in residence.parameters)
+    return max(elements, key=elements.__getitem__, default=1)
+
+
+def per_step(times: Sequence[float], period: int) -> float:
+    """The mean over a period of the median of each of its steps."""
+    return sum(median(times[start::period]) for start in range(period)) / period
 
 
 class _Step:
@@ -176,6 +216,8 @@ class _Step:
         if session is not None:
             session.protect(model, trusted=workload.trusted)
         self._optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        if session is not None:
+            self._optimizer = session.optimizer(self._optimizer)
         self.times: list[float] = []
 
     def run(self) -> float:

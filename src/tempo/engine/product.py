@@ -16,6 +16,7 @@ from tempo.engine.fingerprint import Fingerprint
 from tempo.engine.geometry import flops
 from tempo.engine.residence import Residence
 from tempo.engine.stored import StoredWeight
+from tempo.engine.update_cost import update_cost
 from tempo.errors import NonFiniteError, WorkerError
 from tempo.schemes.base import Problem, Recall, Scheme, Target
 from tempo.wire.messages import Linear
@@ -23,6 +24,7 @@ from tempo.wire.messages import Product as ProductKind
 
 if TYPE_CHECKING:
     from tempo.engine.engine import Engine
+    from tempo.engine.residence import Terms
 
 
 class Product:
@@ -138,11 +140,21 @@ class Product:
             return None
         same = {x.dtype, self.problem(x.dtype).wire_dtype, *(w.dtype for w in weights)} == {x.dtype}
         terms = engine.terms(weights) if same else None
-        if terms is None:
+        if terms is None or not self._pays(terms, x, weights):
             return None
         target = engine.home(sum(w.numel() for w in weights))  # one worker: dW sums over all rows
         self.residence = Residence(self, weights, terms, target)
         return self.residence
+
+    def _pays(self, terms: Terms, x: Tensor, weights: Sequence[Tensor]) -> bool:
+        """Whether fewer bytes travel if a worker updates the weight, where the settings ask for that."""
+        engine = self.engine
+        if engine.settings.update != "auto":
+            return True
+        shape_w = (sum(len(w) for w in weights), *weights[0].shape[1:])
+        work = flops(self.kind, tuple(x.shape), shape_w)
+        workers = len(engine.targets(self.number, len(x), work, self.scheme.traits.operators))
+        return update_cost(len(x), engine.settings.rekey_rows, len(terms.kept(terms.rule(0))), workers).saved > 0
 
     def _store(
         self, weights: Sequence[Tensor], sources: Sequence[Tensor], targets: Sequence[Target], again: bool

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tempo.engine.away import residence_of
 from tempo.engine.residence import Residence, Terms
+from tempo.engine.update_cost import update_cost
 from tempo.errors import UpdateError
 from tempo.optim.rules import KINDS, Group, Kind, names
 from tempo.schemes.base import Scheme
@@ -105,6 +106,41 @@ class Updates:
         _keep_schedulers(taken)
         self._optimizers.append(weakref.ref(taken))
         return optimizer
+
+    def for_free(
+        self, optimizer: torch.optim.Optimizer, layers: Mapping[nn.Parameter, Scheme]
+    ) -> dict[nn.Parameter, Scheme]:
+        """Those of ``layers`` that workers may update under ``update="auto"``: it is exact, and tells them nothing more.
+
+        Of the others, the log says why not, and what it would save.
+        """
+        free: dict[nn.Parameter, Scheme] = {}
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for scheme in dict.fromkeys(layers.values()):
+            found = {p: scheme for p, other in layers.items() if other is scheme and id(p) in mine}
+            try:
+                kind = _kind_of(optimizer)
+                _check(scheme, kind, optimizer, self._engine)
+            except UpdateError as error:
+                log.info("update='auto': weights are updated here; %s", error)
+                continue
+            if scheme.traits.lasting_masks:
+                free |= found
+            elif found:
+                log.info("%s", self._forgone(scheme, kind, optimizer, found))
+        return free
+
+    def _forgone(self, scheme: Scheme, kind: Kind, optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -> str:
+        rekey_rows = self._engine.settings.rekey_rows
+        states = max(len(kind.keeps(group)) for group in optimizer.param_groups)
+        size = 2 * sum(w.numel() * w.itemsize for w in weights)
+        costs = ((rows, update_cost(rows, rekey_rows, states)) for rows in (rekey_rows >> shift for shift in (5, 3, 1)))
+        shares = ", ".join(f"{max(0.0, cost.saved):.0%} at {rows:,}" for rows, cost in costs)
+        return (
+            f"update='auto': weights are updated here, since on workers masks of scheme {scheme.name!r} would stay as "
+            f"they are for {rekey_rows:,} rows, however many steps that is. update='worker' would save, of "
+            f"{size / 1e6:,.1f} MB per step for weights and their gradients, {shares} rows per step"
+        )
 
     def terms(self, weights: Sequence[Tensor]) -> Terms | None:
         """How workers update ``weights``, or None where this side does."""

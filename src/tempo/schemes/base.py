@@ -84,6 +84,10 @@ class Traits:
     """How many distinct operators a product is divided over, where there are that many."""
     fresh_every_call: bool = False
     """Whether a weight is masked anew for every call, in training, evaluation and prediction."""
+    lasting_masks: bool = False
+    """Whether masks of features stay as they are when a weight changes. Then updates on workers give nothing more away,
+    and ``update="auto"`` may choose them. Where they are drawn anew, updates on workers would keep them for several
+    steps, and show what the optimizer keeps besides."""
     unfolds: bool = False
     """Whether spatial convolutions go out as patches times a matrix (see `tempo.engine.patches`)."""
     public_base_preset: str = ""

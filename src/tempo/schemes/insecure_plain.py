@@ -16,6 +16,7 @@ class InsecurePlain(SingleMaskScheme):
     name = "insecure-plain"
     traits = Traits(
         protects="nothing: workers see inputs, weights and gradients in clear",
+        lasting_masks=True,
         known_breaks={"always": "nothing is masked; it is for comparisons only"},
     )
 
