@@ -267,7 +267,9 @@ def test_rows_without_gradient_keep_a_layer_s_updates_here(connect: Connect) -> 
             self.first, self.last, self.head = nn.Linear(32, 48), nn.Linear(48, 48), nn.Linear(48, 10)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(F.gelu(self.last(F.gelu(self.first(x))) + x.mean())[:, :5].mean(1, keepdim=True).expand(-1, 8, -1))
+            return self.head(
+                F.gelu(self.last(F.gelu(self.first(x))) + x.mean())[:, :5].mean(1, keepdim=True).expand(-1, 8, -1)
+            )
 
     plain = Pooled()
     expected = train(plain, BUILD["nesterov"](plain.parameters()))

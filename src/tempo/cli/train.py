@@ -25,7 +25,8 @@ def train(
         str | None, typer.Option(help="Check answers: always, sample:P or off.", show_default="the recipe's")
     ] = None,
     update: Annotated[
-        str | None, typer.Option(help="Where weights are updated: trusted, worker or auto.", show_default="the recipe's")
+        str | None,
+        typer.Option(help="Where weights are updated: trusted, worker or auto.", show_default="the recipe's"),
     ] = None,
     patience: Annotated[
         float | None,
