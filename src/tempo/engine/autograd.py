@@ -65,7 +65,8 @@ class _Offload(torch.autograd.Function):
             for y, bias in zip(outputs, biases, strict=True):
                 if bias is not None:
                     y += bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
-        ctx.save_for_backward(x, *weights)
+        # Of a weight that lives on a worker there is nothing to save, and hooks would have to read it.
+        ctx.save_for_backward(x, *(weights if call.residence is None else ()))
         ctx.product, ctx.call, ctx.pending = product, call, pending
         ctx.shapes = [y.shape for y in outputs]
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
@@ -107,7 +108,7 @@ class _Offload(torch.autograd.Function):
 def _saved(ctx: Any) -> tuple[Tensor, list[Tensor]]:
     """The input and the weights; raises as PyTorch does where they were changed since."""
     x, *weights = ctx.saved_tensors
-    return x.detach(), weights
+    return x.detach(), weights if ctx.call.residence is None else list(ctx.call.residence.parameters)
 
 
 def _hand_over(weight_gradients: Callable[[], list[Tensor]], pending: Sequence[_Pending | None]) -> None:

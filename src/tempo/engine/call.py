@@ -102,6 +102,7 @@ class Call:
         self.encoded = encoded
         self.weight = weight
         self.residence = residence
+        self.versions = [] if residence is None else [p._version for p in residence.parameters]
         self.shapes = shapes
         self.sizes = sizes
         self.shapes_x = {o.worker: tuple(o.tensors["x"].shape) for o in encoded.operands}
@@ -180,7 +181,11 @@ class Call:
         with product.engine.stats.timed("mask"):
             rows = product.scheme.rows_to_repeat(g, *self.shapes, want_dw=want_dw)
         if self.residence is not None:
-            saved()  # raises where the weight was changed since, wherever that was
+            if [p._version for p in self.residence.parameters] != self.versions:
+                raise RuntimeError(
+                    f"layer {product.name!r}: its weight, needed for gradient computation, has been modified by an "
+                    "inplace operation, an optimizer's step say, since the forward pass"
+                )
             if rows is not None and want_dw:
                 self.residence.end("rows of its output gradient are zero")
         if rows is None and not self.differentiated and self._still_holds(want_dw):

@@ -178,6 +178,9 @@ class Residence:
 
     def norm(self) -> float:
         """Length of the gradient on the worker, as the worker says: see `Sketch.plausible`."""
+        if not self.encoded.keeps_length("gradient"):  # masks were renewed while it was being accumulated
+            gradient = self._fetch(self._wanted("gradient"))["gradient"]
+            return float(self.encoded.decode_kept("gradient", gradient).norm()) * self.scale
         norm = float(self._fetch({"norm": ((1,), torch.float64)})["norm"])
         if self.sketch is not None:
             self.product.engine.verifier.judge_norm(self.where, self.product.engine.step, norm, self.sketch)
@@ -277,8 +280,8 @@ class Residence:
     def _loss(self, why: str) -> WeightsLostError:
         lost = WeightsLostError(
             f"layer {self.name!r}: its weight lived on worker {self.where} (update='worker') and is lost with "
-            f"{self.steps} updates since it was last here: {why}. To go on, call session.abandon_lost_weights() and load "
-            "the last checkpoint into model and optimizer (tempo train does so by itself)"
+            f"{self.steps} updates since it was last here: {why}. To go on, call session.abandon_lost_weights(), then "
+            "load the last checkpoint into model and optimizer (tempo train does so by itself)"
         )
         lost.worker = self.target.worker
         return lost

@@ -96,6 +96,6 @@ class Verifier:
         if not residual.passed:
             raise WorkerLiedError(
                 f"worker {address} gave a wrong {_WHAT.get(name, name)} of shape {tuple(answer.shape)} in step {step}: "
-                f"row {residual.row} is off by {residual.ratio:.3g} times its tolerance (residual {residual.residual:.3g}, "
-                f"tolerance {residual.tolerance:.3g}); the answer was not used"
+                f"row {residual.row} is off by {residual.ratio:.3g} times its tolerance "
+                f"(residual {residual.residual:.3g}, tolerance {residual.tolerance:.3g}); the answer was not used"
             )

@@ -178,6 +178,10 @@ class UpdatableWeight(EncodedWeight):
         """The weight (``w``), its gradient, or what an optimizer keeps of it, from what a worker has by now."""
 
     @abstractmethod
+    def keeps_length(self, name: str) -> bool:
+        """Whether what a worker has under ``name`` is as long as what it stands for."""
+
+    @abstractmethod
     def follow(self, rule: Rule, scale: float) -> None:
         """Note that a worker changed the weight by ``rule``, its gradient times ``scale``."""
 

@@ -161,6 +161,10 @@ class MaskedWeight(UpdatableWeight):
             cloak.uncover(plain)
         return plain
 
+    def keeps_length(self, name: str) -> bool:
+        """Unless a cloak lies on it: feature masks that commute with optimizers are orthogonal."""
+        return self._cloak_on(name) is None
+
     def follow(self, rule: Rule, scale: float) -> None:
         """Change all cloaks as the worker's arithmetic does."""
         for lying in self._lying:

@@ -11,7 +11,8 @@ follows them exactly, momentum's ``1/(1-μ)`` and what decay takes back included
 
 * A sum rounds each element of the weight by at most ``u`` of it, and by no more than the change: an element that is not
   changed is exact. Where changes are the same from step to step, within rounding, errors are too, and add up: those of
-  a step count as continuing the last one's in the proportion of rounding to the difference between both changes.
+  a step count as continuing the last one's in the proportion of rounding to the difference between both changes. Taken
+  feature by feature, since of dead ones only decay is left; of input or output features, whichever gives more.
 * The gradient is summed over T rows, in their order or (row masks) a random one: partial sums are as long as those seen
   here at the end of each piece of rows, and what the rows of a piece can add. Operands were rounded when masked.
 * Momentum and gradient are rounded by ``u`` of their length at each operation.
@@ -74,7 +75,7 @@ class Sketch:
         self._longest = 0.0 if gradient is None else float(self._form.length(gradient))
         self._missed = float(self.check.length) ** 2 - self._length(self._w) ** 2
         self._errors = torch.zeros(3, 3, dtype=torch.float64)
-        self._change, self._alike = torch.zeros_like(self._w), 0.0
+        self._change, self._alike = torch.zeros_like(self._w), torch.zeros_like(self._w[0])
 
     @torch.no_grad()
     def accumulate(self, x: Tensor, g: Tensor, masks: Masks) -> None:
@@ -125,6 +126,7 @@ class Sketch:
             raise ValueError(f"no sketch follows {type(rule).__name__}: its step is not linear in the gradient")
         if self._gradient is None:
             raise ValueError("there is no gradient to update by")
+        rule, scale = self._as_computed(rule), self._rounded(scale)
         before, gradient = self._w.clone(), self._gradient.mul_(scale)
         decayed = gradient + rule.weight_decay * before
         self._errors[2, 2] *= scale**2
@@ -210,13 +212,28 @@ class Sketch:
             known = self._unmasked = masks.A, masks.P, r.to(self.check.work), v.to(self.check.work)
         return known[2:]
 
+    def _as_computed(self, rule: Sgd) -> Sgd:
+        """With numbers as the worker's arithmetic takes them: what they lack would be missed in every step alike."""
+        return Sgd(
+            lr=self._rounded(rule.lr),
+            momentum=self._rounded(rule.momentum),
+            dampening=1 - self._rounded(1 - rule.dampening),
+            weight_decay=self._rounded(rule.weight_decay),
+            nesterov=rule.nesterov,
+            maximize=rule.maximize,
+        )
+
+    def _rounded(self, number: float) -> float:
+        return float(torch.tensor(number, dtype=self.check.work))
+
     def _round(self, change: Tensor) -> None:
         """Errors that a step's last operations add."""
-        length = self._length(change)
-        error = min(self._u * self._length(self._w), length)
-        apart = self._length(change - self._change)
-        self._alike = error + self._alike * (min(1.0, error / apart) if apart else 1.0)
-        self._errors[0, 0] += error * (2 * self._alike - error) + 2 * (self._u * length) ** 2
+        of_w, of_change, apart = (_lengths(seen) for seen in (self._w, change, change - self._change))
+        error = torch.minimum(self._u * of_w, of_change)
+        self._alike = error + self._alike * (error / apart).nan_to_num_(1.0).clamp_(max=1.0)
+        added = error * (2 * self._alike - error)
+        self._errors[0, 0] += max(float(part.sum()) for part in added.split(list(self.check.shape[::-1])))
+        self._errors[0, 0] += 2 * (self._u * self._length(change)) ** 2
         if "momentum_buffer" in self._state:
             self._errors[1, 1] += 2 * (self._u * self._length(self._state["momentum_buffer"])) ** 2
         self._change = change
@@ -224,6 +241,12 @@ class Sketch:
     def _drift(self, name: str) -> float:
         """How far an honest worker's may be from the sketched one."""
         return sqrt(float(self._errors[_FOLLOWED.index(name), _FOLLOWED.index(name)]))
+
+
+def _lengths(seen: Tensor) -> Tensor:
+    """Estimates of the lengths of all input features (d), then of all output features (m)."""
+    found: Tensor = seen.norm(dim=0) / sqrt(len(seen))
+    return found
 
 
 def _carried(errors: Tensor, rule: Sgd, state: Mapping[str, Tensor]) -> Tensor:

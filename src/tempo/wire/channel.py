@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Generic, final
 
@@ -16,6 +17,9 @@ from tempo.wire.stream import CHUNK, Stream
 
 Place = Callable[[M], Sequence[memoryview] | None]
 """Given a checked message, where its inline tensors go; None discards them. Raises `ProtocolError` to refuse."""
+
+HEADER_TIMEOUT = 15.0
+"""Seconds from the first byte of a prefix or header to its last: nobody who means well takes longer."""
 
 _AHEAD = 8 << 10
 """Bytes read at once where a frame is due: enough for most headers, little enough to move twice."""
@@ -97,8 +101,12 @@ class Channel(Generic[M]):
             left = self._end - self._begin
             self._buffer[:left] = self._buffer[self._begin : self._end]
             self._begin, self._end = 0, left
-        while self._end - self._begin < count:
-            self._read_ahead()
+        if self._end - self._begin < count:
+            deadline = time.monotonic() + HEADER_TIMEOUT
+            while self._end - self._begin < count:
+                self._read_ahead()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"its header took more than {HEADER_TIMEOUT:g} s")
         self._begin += count
         return self._buffer[self._begin - count : self._begin]
 

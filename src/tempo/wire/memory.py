@@ -99,6 +99,12 @@ class PrivatePool(BlockPool):
             raise MemoryError(f"{size} bytes could not be allocated") from error
         return Block(memory, size)
 
+    @property
+    def spare(self) -> int:
+        """Bytes of the free blocks."""
+        with self._lock:
+            return sum(size * len(blocks) for size, blocks in self._free.items())
+
     def trim(self) -> None:
         """Return all free blocks to the operating system."""
         with self._lock:

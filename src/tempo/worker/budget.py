@@ -30,13 +30,19 @@ def human(size: int) -> str:
 
 @final
 class Budget:
-    """The worker's memory limit, shared by its sessions."""
+    """The worker's memory limit, shared by its sessions, of which each may have a limit of its own."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, session_limit: int | None = None) -> None:
         self.limit = limit
+        self.session_limit = limit if session_limit is None else session_limit
         self._used = 0
         self._lock = threading.Lock()
         self._accounts: set[Account] = set()
+
+    @property
+    def used(self) -> int:
+        """Bytes in use, with what sessions hold in reserve."""
+        return self._used
 
     def open(self) -> Account:
         """A session's account."""
@@ -55,8 +61,10 @@ class Budget:
             return
         with self._lock:
             accounts = list(self._accounts)
-        for account in accounts:
-            account.trim()
+        spare = sum(account.spare for account in accounts)
+        if self._used - spare + size <= self.limit:  # else nobody has to give up what would not be enough
+            for account in accounts:
+                account.trim()
         if not self._try(size):
             raise Refusal(
                 "out-of-memory",
@@ -94,6 +102,14 @@ class Account:
 
     def reserve(self, size: int) -> None:
         """Use ``size`` bytes, or raise `Refusal`."""
+        limit = self._budget.session_limit
+        if self._used - self.spare + size > limit:
+            raise Refusal(
+                "out-of-memory",
+                f"{human(size)} more would exceed a session's limit of {human(limit)} ({human(self._used)} in use)",
+            )
+        if self._used + size > limit:
+            self.trim()
         self._budget.reserve(size)
         with self._lock:
             self._used += size
@@ -103,6 +119,11 @@ class Account:
         with self._lock:
             self._used -= size
         self._budget.release(size)
+
+    @property
+    def spare(self) -> int:
+        """Bytes that are only held in reserve."""
+        return self.pool.spare + self.answers.spare
 
     def trim(self) -> None:
         """Let go of what is only held in reserve."""

@@ -6,7 +6,9 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import final
 
@@ -18,12 +20,14 @@ from tempo.wire.address import Address
 from tempo.wire.stream import SocketStream, Stream, TLSStream
 from tempo.worker.budget import Budget, human, parse_size
 from tempo.worker.compute import Compute, TorchCompute
+from tempo.worker.door import CONNECTION_LIMIT, Door
 from tempo.worker.lying import LyingCompute
 from tempo.worker.null import NullCompute
-from tempo.worker.session import Session
+from tempo.worker.session import STALLED, Session
 
 HANDSHAKE_TIMEOUT = 10.0
-SESSION_LIMIT = 256
+PRESSED = 0.01
+"""Seconds from one connection to the next while too many owe their hello: time to say it, and to serve the others."""
 
 log = logging.getLogger("tempo.worker")
 
@@ -53,14 +57,14 @@ class Server:
         self._options = options
         self._compute = _compute(options)
         self._budget = Budget(parse_size(options.memory_limit) if options.memory_limit else _memory(self._compute))
-        self._slots = threading.BoundedSemaphore(SESSION_LIMIT)
+        self._door = Door()
         self._listener: socket.socket | None = None
         self._closed = threading.Event()
         log.info("device %s, memory limit %s", self._compute.description, human(self._budget.limit))
 
     def serve(self, sock: socket.socket, peer: str) -> None:
         """Serve one connected socket without TLS, until it ends."""
-        self._run(_plain(sock), peer)
+        self._run(_plain(sock), peer, lambda: None)
 
     def listen(self, where: str) -> str:
         """Bind to ``HOST:PORT`` or ``unix:PATH``; returns where, with the port that was chosen for port 0."""
@@ -88,12 +92,9 @@ class Server:
                     log.warning("cannot accept: %s", error)
                     self._closed.wait(1.0)  # too many open files, most likely: some will be closed
                 continue
-            peer = f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "unix"
-            if not self._slots.acquire(blocking=False):
-                log.warning("%s: turned away, %d connections are open", peer, SESSION_LIMIT)
-                sock.close()
-                continue
-            threading.Thread(target=self._admit, args=(sock, peer), name=peer, daemon=True).start()
+            self._let_in(sock, f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "unix")
+            if self._door.crowded:
+                self._closed.wait(PRESSED)
 
     def close(self) -> None:
         """Stop listening; open sessions go on."""
@@ -109,23 +110,42 @@ class Server:
             if path:
                 Path(path).unlink(missing_ok=True)
 
+    def _let_in(self, sock: socket.socket, peer: str) -> None:
+        try:
+            if not self._door.enter(sock):
+                log.warning("%s: turned away, %d connections are open", peer, CONNECTION_LIMIT)
+                sock.close()
+                return
+        except OSError as error:
+            log.warning("%s: turned away: %s", peer, error)
+            sock.close()
+            return
+        try:
+            threading.Thread(target=self._admit, args=(sock, peer), name=peer, daemon=True).start()
+        except RuntimeError as error:  # the system has no thread left for this process
+            log.warning("%s: turned away: %s", peer, error)
+            sock.close()
+            self._door.leave(sock)
+
     def _admit(self, sock: socket.socket, peer: str) -> None:
         try:
+            if sock.family != socket.AF_UNIX:  # a host that vanished, or a client that never reads its answers
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALLED * 1000))
             if sock.family == socket.AF_UNIX or self._options.insecure_no_tls:
                 stream: Stream = _plain(sock)
             else:
                 stream = TLSStream(identity.accept(sock, self._context(), HANDSHAKE_TIMEOUT))
-            self._run(stream, peer)
+            self._run(stream, peer, partial(self._door.greeted, sock))
         except (IdentityError, OSError) as error:
             log.warning("%s: refused: %s", peer, error)
             sock.close()
         except Exception:
             log.exception("%s: session ended by a bug in this worker", peer)
         finally:
-            self._slots.release()
+            self._door.leave(sock)
 
-    def _run(self, stream: Stream, peer: str) -> None:
-        Session(stream, self._compute, self._budget, peer, self._options.transcript).run()
+    def _run(self, stream: Stream, peer: str, greeted: Callable[[], None]) -> None:
+        Session(stream, self._compute, self._budget, peer, self._options.transcript).run(greeted)
 
     def _context(self) -> identity.Context:
         return identity.load(self._options.identity, self._options.peers, server=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, final
 
@@ -27,6 +27,9 @@ from tempo.worker.transcript import Transcript
 
 HELLO_TIMEOUT: Final = 15.0
 
+STALLED: Final = 120.0
+"""Seconds that a client may be silent in the middle of a frame, or leave an answer unread; between frames, for ever."""
+
 log = logging.getLogger("tempo.worker")
 
 
@@ -43,17 +46,21 @@ class Session:
         self._arriving: Job | None = None
         self._last_id = 0
 
-    def run(self) -> None:
-        """Serve; returns when the connection has ended, by whichever side. Never raises for what the peer did."""
-        worker: threading.Thread | None = None
-        beat: threading.Thread | None = None
+    def run(self, greeted: Callable[[], None]) -> None:
+        """Serve; returns when the connection has ended, by whichever side. Never raises for what the peer did.
+
+        Args:
+            greeted: Called once the peer has said hello.
+        """
+        threads: list[threading.Thread] = []
         over = threading.Event()
         try:
             executor = self._greet()
-            beat = threading.Thread(target=self._beat, args=(over,), name=f"beat {self._peer}", daemon=True)
-            beat.start()
-            worker = threading.Thread(target=self._work, args=(executor,), name=f"compute {self._peer}", daemon=True)
-            worker.start()
+            greeted()
+            for role, target, argument in ("beat", self._beat, over), ("compute", self._work, executor):
+                thread = threading.Thread(target=target, args=(argument,), name=f"{role} {self._peer}", daemon=True)
+                thread.start()
+                threads.append(thread)
             while True:
                 self._receive()
         except (EOFError, TimeoutError) as error:
@@ -67,9 +74,8 @@ class Session:
             over.set()
             self._queue.close()
             self._channel.stream.shutdown()
-            for thread in (worker, beat):
-                if thread is not None:
-                    thread.join()
+            for thread in threads:
+                thread.join()
             self._channel.close()
             self._account.close()
 
@@ -86,7 +92,7 @@ class Session:
             )
             self._channel.send(Failure(0, "refused", message))
             raise EOFError(message)
-        stream.set_timeout(None)
+        stream.set_timeout(STALLED)
         transcript = None if self._transcripts is None else Transcript(self._transcripts, hello.session)
         capabilities = () if self._segments is None else ("shm",)
         self._channel.send(
@@ -96,7 +102,10 @@ class Session:
         return Executor(self._channel, self._segments, self._compute, self._account, transcript)
 
     def _receive(self) -> None:
-        message = self._channel.receive(self._place)
+        try:
+            message = self._channel.receive(self._place)
+        except TimeoutError:  # between two frames: nobody has to ask for anything
+            return
         if isinstance(message, Segment):
             if self._segments is None:
                 raise ProtocolError("a segment announced on a connection without shared memory")

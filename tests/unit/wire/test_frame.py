@@ -22,17 +22,43 @@ from tempo.wire.frame import (
     encode,
     parse_prefix,
 )
-from tempo.wire.messages import Backward, Conv, Failure, Forget, Forward, Hello, Linear, Result, Store, TensorRef
+from tempo.wire.messages import (
+    Adam,
+    Backward,
+    Conv,
+    Failure,
+    Fetch,
+    Forget,
+    Forward,
+    Hello,
+    Linear,
+    Lion,
+    Muon,
+    Result,
+    Sgd,
+    Store,
+    TensorRef,
+    Update,
+)
 
 X = TensorRef("x", "float32", (4, 8))
 FORWARD = Forward(id=1, step=0, layer=2, weight=3, operand=4, product=Linear(), tensors=(X,))
 CONV = Conv((1, 1), (0, 0), (1, 1), 1)
+RULES = [
+    Sgd(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=True, maximize=False),
+    Adam(0.1, 0.9, 0.99, 1e-8, 0.0, decoupled=True, amsgrad=False, maximize=False, steps=7),
+    Lion(0.1, 0.9, 0.99, 0.0),
+    Muon(0.1, 0.2, 0.0, 0.9, nesterov=True, coefficients=(3.0, -4.0, 2.0), eps=1e-7, iterations=5),
+]
 MESSAGES = [
     Hello(1, "0.1.0", "0" * 16, ("shm",)),
     Store(id=1, step=0, layer=1, weight=1, tensors=(X,)),
     FORWARD,
     Backward(id=9, step=1, layer=2, weight=3, operand=4, product=CONV, wants=(X, replace(X, name="dw"))),
-    Forget((1, 2), (3,)),
+    Backward(id=9, step=1, layer=2, weight=3, operand=4, product=Linear(), accumulate=True),
+    *(Update(id=9, step=1, layer=2, weight=3, rule=rule, scale=0.5) for rule in RULES),
+    Fetch(id=9, step=1, layer=2, weight=3, wants=(X, TensorRef("norm", "float64", (1,)))),
+    Forget((1, 2), (3,), (4, 5)),
 ]
 
 
@@ -109,6 +135,28 @@ def test_the_schema_is_strict(changes: dict[str, object]) -> None:
     header = {**msgpack.decode(msgpack.encode(FORWARD)), **changes}
     with pytest.raises(ProtocolError, match="schema"):
         check(msgpack.encode(header), 128)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"type": "rmsprop"},
+        {"type": "sgd"},  # with fields of another
+        {"lr": "0.1"},
+        {"lr": None},
+        {"iterations": 100},
+        {"iterations": -1},
+        {"coefficients": [1.0, 2.0]},
+        {"nesterov": 1},
+        {"closure": "import os"},
+    ],
+    ids=str,
+)
+def test_the_schema_of_rules_is_strict(changes: dict[str, object]) -> None:
+    header = msgpack.decode(msgpack.encode(Update(id=1, step=0, layer=0, weight=1, rule=RULES[-1])))
+    header["rule"] |= changes
+    with pytest.raises(ProtocolError, match="schema"):
+        check(msgpack.encode(header), 0)
 
 
 @given(st.binary(max_size=200))

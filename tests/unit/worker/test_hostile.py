@@ -25,17 +25,22 @@ from tempo.wire import identity
 from tempo.wire.frame import MAGIC, PREFIX, encode
 from tempo.wire.messages import (
     PROTOCOL,
+    Backward,
     Failure,
+    Fetch,
     Forget,
     Forward,
     Hello,
     Linear,
+    Lion,
     Probe,
+    Result,
     Segment,
     Store,
     TensorRef,
     ToTrusted,
     ToWorker,
+    Update,
 )
 
 from .conftest import SESSION, InProcess
@@ -54,10 +59,10 @@ def frame(message: ToWorker) -> bytes:
     return encode(message) + bytes(sum(64 for _ in getattr(message, "tensors", ())))
 
 
-def drain(sock: socket.socket) -> list[ToTrusted]:
+def drain(sock: socket.socket, received: bytes = b"") -> list[ToTrusted]:
     """Everything until the worker hangs up."""
     sock.settimeout(20)
-    data = bytearray()
+    data = bytearray(received)
     try:
         while chunk := sock.recv(1 << 16):
             data += chunk
@@ -194,7 +199,37 @@ def test_uninvited_descriptors_are_closed(shared_worker: tuple[InProcess, Link])
     assert after <= before
 
 
-CONVERSATION = frame(HELLO) + frame(STORE) + frame(FORWARD) + frame(Forget((1,), (1,))) + frame(Probe(id=3, size=8))
+WHERE = {"step": 0, "layer": 0, "weight": 1}
+BACKWARD = Backward(**WHERE, id=3, operand=1, product=Linear(), accumulate=True, tensors=(replace(W, name="g"),))
+RULE = Lion(lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.0)
+CONVERSATION = b"".join(
+    frame(message)
+    for message in (
+        HELLO,
+        STORE,
+        FORWARD,
+        BACKWARD,
+        Update(**WHERE, id=4, rule=RULE),
+        Fetch(**WHERE, id=5, wants=(replace(W, name="exp_avg"),)),
+        Forget((1,), (1,), (1,)),
+        Probe(id=6, size=8),
+    )
+)
+
+
+def test_the_conversation_that_is_mutated_below_is_a_good_one(shared_worker: tuple[InProcess, Link]) -> None:
+    data, last = b"", encode(Result(6, 0, ()))[PREFIX.size :].partition(b"nanoseconds")[0]
+    with shared_worker[0].socket() as sock:
+        sock.settimeout(20)
+        sock.sendall(CONVERSATION)
+        while last not in data:  # hanging up before would leave requests unanswered
+            chunk = sock.recv(1 << 16)
+            assert chunk, "the worker hung up"
+            data += chunk
+        sock.shutdown(socket.SHUT_WR)
+        answers = drain(sock, data)
+    answers = [answer for answer in answers if isinstance(answer, Result | Failure)]
+    assert [type(answer) for answer in answers] == [Result] * 6
 
 
 @st.composite
