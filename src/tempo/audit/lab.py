@@ -7,6 +7,7 @@ processes and no files, and an attacker can find out how Tempo sends a network o
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -28,10 +29,12 @@ from tempo.schemes.base import Scheme
 from tempo.session import Session
 from tempo.settings import Settings, parse
 from tempo.wire.address import Address
-from tempo.wire.messages import PROTOCOL, Backward, Forward, Linear, Store, Welcome
-from tempo.worker.compute import TorchCompute
+from tempo.wire.messages import PROTOCOL, Backward, Fetch, Forward, Linear, Store, Update, Welcome
+from tempo.worker.budget import Budget
+from tempo.worker.compute import Incoming, TorchCompute
+from tempo.worker.store import Numbers
 
-Message = Store | Forward | Backward
+Message = Store | Forward | Backward | Update | Fetch
 
 
 class _Worker:
@@ -44,8 +47,7 @@ class _Worker:
         self.records: list[Record] = []
         self._sequence = sequence
         self._compute = TorchCompute(torch.device("cpu"))
-        self._weights: dict[int, Tensor] = {}
-        self._operands: dict[int, Tensor] = {}
+        self._numbers = Numbers(self._compute, Budget(sys.maxsize).open())
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -54,10 +56,12 @@ class _Worker:
         self, message: Message, tensors: Mapping[str, Tensor], wants: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     ) -> dict[str, Future[Any]]:
         self.last_id = self._sequence()
-        found = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        seen = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         answers = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in wants.items()}
         with torch.no_grad():
-            self._serve(message, found, answers)
+            self._serve(message, seen, answers)
+        if isinstance(message, Update):
+            seen["w"] = self._numbers.weight(message.weight).clone()
         self.records.append(
             Record(
                 message.step,
@@ -68,7 +72,7 @@ class _Worker:
                 message.weight,
                 getattr(message, "operand", 0),
                 getattr(message, "product", Linear()),
-                found | {name: answer.clone() for name, answer in answers.items()},
+                seen | {name: answer.clone() for name, answer in answers.items()},
             )
         )
         futures: dict[str, Future[Any]] = {name: Future() for name in answers} or {ACKNOWLEDGED: Future()}
@@ -76,20 +80,30 @@ class _Worker:
             future.set_result(answers.get(name))
         return futures
 
-    def _serve(self, message: Message, found: dict[str, Tensor], answers: dict[str, Tensor]) -> None:
-        if isinstance(message, Store):
-            self._weights[message.weight] = found["w"]
-            return
-        if isinstance(message, Forward):
-            if message.operand:
-                self._operands[message.operand] = found["x"]
-            if "y" in answers:
-                self._compute.forward(message.product, found["x"], self._weights[message.weight], answers["y"])
-            return
-        if "dx" in answers:
-            self._compute.input_gradient(message.product, found["g"], self._weights[message.weight], answers["dx"])
-        if "dw" in answers:
-            self._compute.weight_gradient(message.product, found["g"], self._operands[message.operand], answers["dw"])
+    def _serve(self, message: Message, seen: dict[str, Tensor], answers: dict[str, Tensor]) -> None:
+        numbers, compute = self._numbers, self._compute
+        match message:
+            case Store():
+                numbers.put_weight(message.weight, {name: Incoming(tensor) for name, tensor in seen.items()})
+            case Forward():
+                if message.operand:
+                    numbers.put_operand(message.operand, Incoming(seen["x"]))
+                if "y" in answers:
+                    compute.forward(message.product, seen["x"], numbers.weight(message.weight), answers["y"])
+            case Backward():
+                g = seen["g"]
+                if "dx" in answers:
+                    compute.input_gradient(message.product, g, numbers.weight(message.weight), answers["dx"])
+                if "dw" in answers:
+                    compute.weight_gradient(message.product, g, numbers.operand(message.operand), answers["dw"])
+                if message.accumulate:
+                    numbers.accumulate(message.weight, message.product, g, numbers.operand(message.operand))
+            case Update():
+                numbers.update(message.weight, message.rule, message.scale)
+            case Fetch():
+                for name, answer in answers.items():
+                    kept = numbers.weight(message.weight, "gradient" if name == "norm" else name)
+                    (compute.norm if name == "norm" else compute.fetch)(kept, answer)
 
     def own(self, reply: Tensor) -> Tensor:
         """Nothing is shared."""
@@ -98,11 +112,8 @@ class _Worker:
     def release(self, tensor: Tensor) -> None:
         """Nothing is shared."""
 
-    def forget(self, weights: Iterable[int] = (), operands: Iterable[int] = ()) -> None:
-        for number in weights:
-            self._weights.pop(number, None)
-        for number in operands:
-            self._operands.pop(number, None)
+    def forget(self, weights: Iterable[int] = (), operands: Iterable[int] = (), gradients: Iterable[int] = ()) -> None:
+        self._numbers.forget(weights, operands, gradients)
 
     def measure(self) -> Measurement:
         return Measurement(latency_s=1e-4, upload_bytes_per_s=1e10, download_bytes_per_s=1e10, flops_per_s=1e12)
@@ -211,6 +222,7 @@ def train(
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr)
     with open_lab(**fields) as lab:
         lab.session.protect(model, base=base, trusted=trusted)
+        lab.session.optimizer(optimizer)
         for x, labels in batches:
             optimizer.zero_grad()
             loss(model, x, labels).backward()

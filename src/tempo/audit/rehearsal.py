@@ -28,6 +28,7 @@ from tempo.recipes import data
 from tempo.recipes.data import Format, Images
 from tempo.recipes.models import logits
 from tempo.recipes.recipe import Recipe
+from tempo.session import Session
 from tempo.settings import Settings
 
 Origin = Literal["secret", "public"]
@@ -143,7 +144,7 @@ class Rehearsal:
         with lab.open_lab(workers, workers, settings=settings) as opened:
             opened.session.protect(model, base=preset_for or start.origin, trusted=settings.trusted)
             rate = 1.0 if start.base is None else FINE_TUNING
-            self._train(model, self._parts.private, self.lengths.recorded, rate)
+            self._train(model, self._parts.private, self.lengths.recorded, rate, opened.session)
             offloaded = opened.session.summary().offloaded_share
             opened.session.unprotect(model)
         model.eval()
@@ -158,10 +159,14 @@ class Rehearsal:
     def _samples(self, images: Images) -> Samples:
         return Samples(self._format.numbers(images.images), images.labels)
 
-    def _train(self, model: nn.Module, images: Images, steps: int, rate: float = 1.0) -> None:
+    def _train(
+        self, model: nn.Module, images: Images, steps: int, rate: float = 1.0, session: Session | None = None
+    ) -> None:
         optimizer = self.recipe.optimizer.build(model)
         for group in optimizer.param_groups:
             group["lr"] *= rate
+        if session is not None:
+            session.optimizer(optimizer)
         order = data.Order(len(images), min(self.recipe.data.batch_size, len(images)), self.recipe.run.seed)
         torch.manual_seed(self.recipe.run.seed)
         model.train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -129,11 +130,27 @@ class Call:
 
     @property
     def dw(self) -> Tensor | None:
-        """``dw~``."""
-        return self._back("dw")
+        """``dw~``; where the worker kept it instead of returning it, what it made of ``g~`` and ``x~``."""
+        dw, g = self._back("dw"), self.g
+        if dw is None and g is not None and isinstance(self.product, Linear):
+            return g.T @ self.x
+        return dw
 
     def _back(self, name: str) -> Tensor | None:
         return None if self.backward is None else self.backward.tensors.get(name)
+
+
+@dataclass(frozen=True)
+class Rekey:
+    """A product's matrices before and after its masks were renewed: ``w`` and, if it lived on the worker, what its
+    optimizer kept (`tempo.worker.update.STATES`); then they are the same, otherwise a step of training lies between.
+
+    ``calls`` are those under the old masks, then those under the new ones.
+    """
+
+    before: Mapping[str, Tensor]
+    after: Mapping[str, Tensor]
+    calls: tuple[list[Call], list[Call]]
 
 
 @dataclass
@@ -142,6 +159,8 @@ class View:
 
     worker: str
     calls: list[Call] = field(default_factory=list)
+    fetched: list[Record] = field(default_factory=list)
+    """What was taken back of weights that lived here."""
 
     @property
     def layers(self) -> list[int]:
@@ -156,6 +175,17 @@ class View:
     def of(self, layer: int) -> list[Call]:
         """The calls of one product, in order."""
         return [call for call in self.calls if call.layer == layer]
+
+    def rekeys(self, layer: int) -> list[Rekey]:
+        """Each time that a product's masks were renewed, in order."""
+        eras: dict[int, list[Call]] = {}
+        for call in self.of(layer):
+            eras.setdefault(call.weight, []).append(call)
+        returned = {record.weight: record.tensors for record in self.fetched}
+        return [
+            Rekey(returned.get(old[0].weight, {"w": old[-1].w}), new[0].stored.tensors, (old, new))
+            for old, new in pairwise(eras.values())
+        ]
 
     def at(self, step: int) -> list[Call]:
         """The calls of one step, in order."""
@@ -177,6 +207,8 @@ def assemble(records: Iterable[Record]) -> list[View]:
         if record.operation == "store":
             weights[record.worker, record.weight] = record
             updates.pop((record.worker, record.weight), None)
+        elif record.operation == "fetch" and "w" in record.tensors:
+            view.fetched.append(record)
         elif record.operation == "update":
             updates[record.worker, record.weight] = record
         elif record.operation == "forward":

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from tempo.audit.samples import Samples
 from tempo.audit.transcript import Call, Stored, place_of, session_folder
 from tempo.errors import AuditError
-from tempo.schemes.masks import IDENTITY, Form, Mask
+from tempo.schemes.masks import IDENTITY, Form, Mask, Masks
 from tempo.schemes.operators import Blocks, Gather
 from tempo.schemes.sandwich import sandwich
+from tempo.wire.messages import Linear
 
 Which = Literal["L", "A", "P"]
 
@@ -69,6 +70,15 @@ class CallTruth:
         return int({"L": self["x"].shape[0], "A": self["x"].shape[1], "P": self["w"].shape[0]}[which])
 
 
+def unmasked(behind: CallTruth, w_masked: Tensor) -> Tensor:
+    """``w`` of ``w~``, by masks and cloak, to within its own rounding."""
+    w = torch.empty(w_masked.shape, dtype=torch.float64)
+    Masks(A=behind.mask("A"), P=behind.mask("P")).decode("w", w_masked.double(), w)
+    if (u := behind.get("cloak_u")) is not None:
+        w -= u.double() @ behind["cloak_v"].double()
+    return w.to(w_masked.dtype)
+
+
 def rebuild(name: str, tensors: Mapping[str, Tensor]) -> Mask:
     """The mask that `Mask.tensors` called ``name``; the identity where there is none."""
     if f"{name}_permutation" not in tensors:
@@ -112,12 +122,17 @@ class Truth:
             AuditError: The truth is of another session, or incomplete.
         """
         found = ChainMap[str, Tensor]()
-        for record in (call.stored, call.forward, call.backward):
+        # What a worker has changed is nowhere in plain; and what it changes was not recorded when it was sent.
+        plain = call.stored.place in self.records or not isinstance(call.product, Linear)
+        away = call.updated is not None or not plain
+        for record in (None if away else call.stored, call.forward, call.backward):
             if record is None:
                 continue
             if record.place not in self.records:
                 raise AuditError(f"no truth is recorded for message {record.sequence} ({record.operation})")
             found.maps.append(cast("dict[str, Tensor]", self.records[record.place]))  # read only, and lazily
+        if away:
+            found.maps.append({"w": unmasked(CallTruth(found), call.w)})
         if "columns" in found:  # the part of the output features that this worker's operator holds
             found["w"] = found["w"][found["columns"].long()]
         return CallTruth(found)

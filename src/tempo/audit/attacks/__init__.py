@@ -19,6 +19,7 @@ from tempo.audit.attacks.model_theft import ModelTheft
 from tempo.audit.attacks.nmf import NMF
 from tempo.audit.attacks.procrustes import Procrustes
 from tempo.audit.attacks.reconstruction import Reconstruction, ReconstructionBase
+from tempo.audit.attacks.rekeying import Rekeying
 from tempo.audit.attacks.robust_pca import RobustPCA
 from tempo.audit.attacks.signatures import Signatures
 from tempo.audit.attacks.singular_vectors import SingularVectors
@@ -56,6 +57,7 @@ _ATTACKS: tuple[type[Attack], ...] = (
     GradientLeakage,
     Procrustes,
     GradientsJoint,
+    Rekeying,
     Information,
 )
 

@@ -1,4 +1,4 @@
-"""Links fresh masks over steps by the weight update: ``w~ - η dw~`` is the next weight under the last step's masks."""
+"""Links fresh masks over steps by the weight update: ``w~ - η dw~`` is the next weight under the last masks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tempo.audit import lab
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome
+from tempo.audit.attacks.signatures import sign
 from tempo.audit.controls.weak import Uncovered
 from tempo.audit.knowledge import Knowledge
 from tempo.audit.solvers.unmixing import WIDTH, flat
@@ -63,44 +64,11 @@ class GradientsJoint(Attack):
 
     def score(self, recovered: list[Link], view: View, truth: Truth) -> Outcome:
         """How near the relations are to the true ones: mean over steps, for the product where it works best."""
-        rows: dict[int, list[tuple[float, float, float]]] = {}
-        for found in recovered:
-            last, following = truth.of(found.last), truth.of(found.next)
-            A, P = (following.matrix(which) @ torch.linalg.inv(last.matrix(which)) for which in ("A", "P"))
-            pairs = ((found.A, A), (found.P, P))
-            inputs, outputs = (float(F.cosine_similarity(guess, true).abs().mean()) for guess, true in pairs)
-            rows.setdefault(found.last.layer, []).append((inputs, outputs, found.misfit))
-        means = [torch.tensor(values, dtype=torch.float64).mean(0).tolist() for values in rows.values()]
-        A_row, P_row, misfit = max(means)
-        chance = max((2 / math.pi / len(found.A)) ** 0.5 for found in recovered)
-        return Outcome(
-            figures=[
-                Figure(
-                    name="masks linked",
-                    value=A_row,
-                    leaks=0.5,
-                    chance=chance,
-                    ceiling=1.0,
-                    meaning="mean |cosine| between rows of the estimated and the true relation of two steps' masks of "
-                    "input features; 1 makes fresh masks as good as one that is reused",
-                ),
-                Figure(
-                    name="masks of outputs linked",
-                    value=P_row,
-                    leaks=0.5,
-                    chance=chance,
-                    ceiling=1.0,
-                    meaning="the same of output features; √(inputs / outputs) at the most where there are more outputs",
-                ),
-                Figure(
-                    name="misfit of the update",
-                    value=misfit,
-                    higher_leaks=False,
-                    chance=1.0,
-                    meaning="difference of the spectra after the best learning rate, relative to how far one step "
-                    "moved them; 0 means that the optimizer is plain gradient descent and nothing else was added",
-                ),
-            ]
+        return relation(
+            recovered,
+            truth,
+            misfit="difference of the spectra after the best learning rate, relative to how far one step moved them; 0 "
+            "means that the optimizer is plain gradient descent and nothing else was added",
         )
 
     def control(self) -> Control:
@@ -129,20 +97,54 @@ def descend(masks: Uncovered, optimizer: str = "sgd", steps: int = 3) -> lab.Lab
     )
 
 
+def relation(recovered: list[Link], truth: Truth, misfit: str) -> Outcome:
+    """How near estimates are to the true relations of masks: mean over steps, for the product where it works best."""
+    rows: dict[int, list[tuple[float, float, float]]] = {}
+    for found in recovered:
+        last, following = truth.of(found.last), truth.of(found.next)
+        A, P = (following.matrix(which) @ torch.linalg.inv(last.matrix(which)) for which in ("A", "P"))
+        pairs = ((found.A, A), (found.P, P))
+        inputs, outputs = (float(F.cosine_similarity(guess, true).abs().mean()) for guess, true in pairs)
+        rows.setdefault(found.last.layer, []).append((inputs, outputs, found.misfit))
+    means = [torch.tensor(values, dtype=torch.float64).mean(0).tolist() for values in rows.values()]
+    A_row, P_row, left = max(means)
+    chance = max((2 / math.pi / len(found.A)) ** 0.5 for found in recovered)
+    return Outcome(
+        figures=[
+            Figure(
+                name="masks linked",
+                value=A_row,
+                leaks=0.5,
+                chance=chance,
+                ceiling=1.0,
+                meaning="mean |cosine| between rows of the estimated and the true relation of old and new masks of "
+                "input features; 1 makes fresh masks as good as one that is reused",
+            ),
+            Figure(
+                name="masks of outputs linked",
+                value=P_row,
+                leaks=0.5,
+                chance=chance,
+                ceiling=1.0,
+                meaning="the same of output features; √(inputs / outputs) at the most where there are more outputs",
+            ),
+            Figure(name="misfit", value=left, higher_leaks=False, chance=1.0, meaning=misfit),
+        ]
+    )
+
+
 def link(last: list[Call], following: list[Call]) -> Link:
     """Relate the masks of the calls of one weight to those of the next."""
-    w, w_next = last[0].w.double(), following[0].w.double()
-    dw = torch.stack([call.dw.double() for call in last if call.dw is not None]).sum(0)
+    newest = [call for call in last if call.updated is last[-1].updated]  # of a weight that changed under its masks
+    w, w_next = newest[0].w.double(), following[0].w.double()
+    dw = torch.stack([call.dw.double() for call in newest if call.dw is not None]).sum(0)
     rate, misfit = _rate(w, dw, w_next)
     left, _, right = torch.linalg.svd(w - rate * dw, full_matrices=False)
     left_next, _, right_next = torch.linalg.svd(w_next, full_matrices=False)
     # Both are one matrix M: P_last M A_lastᵀ and P_next M A_nextᵀ. Signs must make second moments of X (and G) agree.
-    agreement = _agreement(last, following, "x", right.T, right_next.T)
-    agreement += _agreement(last, following, "g", left, left_next)
-    agreement.fill_diagonal_(0)
-    signs = torch.where(torch.linalg.eigh(agreement)[1][:, -1] < 0, -1.0, 1.0).double()
-    for _ in range(50):
-        signs = torch.where(agreement @ signs < 0, -1.0, 1.0).double()
+    agreement = of_moments(last, following, "x", right.T, right_next.T)
+    agreement += of_moments(last, following, "g", left, left_next)
+    signs = common_signs(agreement)
     return Link(last[0], following[0], (right_next.T * signs) @ right, (left_next * signs) @ left.T, rate, misfit)
 
 
@@ -168,11 +170,22 @@ def _rate(w: Tensor, dw: Tensor, w_next: Tensor) -> tuple[float, float]:
     return best, misfit(best)
 
 
-def _agreement(last: list[Call], following: list[Call], role: str, basis: Tensor, basis_next: Tensor) -> Tensor:
+def common_signs(agreement: Tensor) -> Tensor:
+    """Signs ``s`` that make ``sᵀ agreement s`` large; the diagonal, which tells nothing, is set to zero."""
+    agreement.fill_diagonal_(0)
+    signs = sign(torch.linalg.eigh(agreement)[1][:, -1])
+    for _ in range(50):
+        signs = sign(agreement @ signs)
+    return signs
+
+
+def of_moments(last: list[Call], following: list[Call], role: str, basis: Tensor, basis_next: Tensor) -> Tensor:
     """Products of correlations between singular directions, in the one step and in the next."""
     correlations = []
     for calls, vectors in ((last, basis), (following, basis_next)):
-        rows = torch.cat([flat(getattr(call, role)) for call in calls if getattr(call, role) is not None])
-        scores = rows @ vectors  # about zero, not about their mean: row masks leave that in second moments alone
+        found = [flat(getattr(call, role)) for call in calls if getattr(call, role) is not None]
+        if not found:
+            return torch.zeros(basis.shape[1], basis.shape[1], dtype=basis.dtype)
+        scores = torch.cat(found) @ vectors  # about zero, not their mean: row masks leave that in second moments alone
         correlations.append(F.normalize(scores, dim=0).T @ F.normalize(scores, dim=0))
     return correlations[0] * correlations[1]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome
-from tempo.audit.attacks.signatures import taps
-from tempo.audit.attacks.singular_vectors import polar, sign
+from tempo.audit.attacks.signatures import sign, taps
+from tempo.audit.attacks.singular_vectors import polar
 from tempo.audit.controls import basecase
 from tempo.audit.controls.basecase import Guess
 from tempo.audit.controls.toys import correlated_features

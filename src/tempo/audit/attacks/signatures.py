@@ -1,8 +1,9 @@
-"""Row and column signatures against a public checkpoint: undoes permutations and scales.
+"""Row and column signatures against a public checkpoint: undoes permutations, scales and signs.
 
 A signature of a row is a set of numbers that neither the order nor the scales of the columns change, and the other way
-round; optimal assignment then matches masked with public ones, and scales follow from medians of log ratios. Closest
-published attack: Wang et al., *Game of Arrows* (USENIX Security 2025), see `directions`.
+round; optimal assignment then matches masked with public ones, and scales follow from medians of log ratios. Where
+lines may have changed their signs, magnitudes are matched, and signs follow. Closest published attack: Wang et al.,
+*Game of Arrows* (USENIX Security 2025), see `directions`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ PROBES = 256
 QUANTILES = 128
 """Of each line, in its signature."""
 
+SWEEPS = 40
+"""Times that signs of rows and of columns are chosen in turn."""
+
 
 @dataclass(frozen=True)
 class Matched:
@@ -46,8 +50,8 @@ class Signatures(Attack):
     knows = frozenset({"base"})
     tries = (
         "Balances rows and columns of the masked and of the public weight, so that scales drop out, matches their "
-        "sorted values by optimal assignment, then undoes permutations and scales: what remains beside the public "
-        "weight is the private change."
+        "sorted values or magnitudes by optimal assignment, then undoes permutations, scales and signs: what remains "
+        "beside the public weight is the private change."
     )
 
     def recover(self, view: View, knowledge: Knowledge, effort: Effort) -> Matched:
@@ -91,6 +95,8 @@ def _against(call: Call, candidates: Mapping[str, Tensor], name: str, masked: Te
     """Undo ``w~`` as if it came from one public weight."""
     base = taps(candidates[name])
     rows, columns = match(masked, base)
+    row_signs, column_signs = signs(masked, base[rows][:, columns])
+    masked = masked * (row_signs[:, None] * column_signs)[..., None]
     row_scales, column_scales = fit_scales(masked, base[rows][:, columns])
     w = base.clone()  # rows that another operator holds stay public
     w[rows[:, None], columns] = masked / (row_scales[:, None] * column_scales)[..., None]
@@ -98,7 +104,7 @@ def _against(call: Call, candidates: Mapping[str, Tensor], name: str, masked: Te
 
 
 def match(masked: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row and column of ``masked`` the one of ``other`` that it is a scaled copy of, give or take some drift.
+    """For each row and column of ``masked`` the one of ``other`` that it is a copy of, but for scale, sign and drift.
 
     Args:
         masked: m×d×taps, float64.
@@ -111,9 +117,34 @@ def match(masked: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
     def likeness(assigned: tuple[Tensor, Tensor]) -> float:
         rows, columns = assigned
-        return float((ours * balanced(other[rows])[:, columns]).sum())
+        agreement = (ours * balanced(other[rows])[:, columns]).sum(2)
+        row_signs, column_signs = signs(ours, other[rows][:, columns])
+        return float(row_signs @ agreement @ column_signs)
 
-    return max((refine(ours, other, *start) for start in _starts(ours, other)), key=likeness)
+    found = [refine(ours, other, *start) for start in _starts(ours, other)]
+    # Magnitudes, if signs tell nothing: balancing them is balancing the weights.
+    found += [refine(ours.abs(), other.abs(), *start) for start in _starts(ours.abs(), other.abs())]
+    return max(found, key=likeness)
+
+
+def signs(masked: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Signs of rows (m) and of columns (d) of ``masked`` under which it agrees with ``other``, matched; m×d×taps."""
+    return agreeing((masked * other).sum(2))
+
+
+def agreeing(agreement: Tensor) -> tuple[Tensor, Tensor]:
+    """Signs ``a``, ``b`` that make ``aᵀ agreement b`` large: from the leading singular vectors, then in turn."""
+    u, _, vh = torch.linalg.svd(agreement, full_matrices=False)
+    a, b = sign(u[:, 0]), sign(vh[0])
+    for _ in range(SWEEPS):
+        a = sign(agreement @ b)
+        b = sign(agreement.T @ a)
+    return a, b
+
+
+def sign(values: Tensor) -> Tensor:
+    """1 or −1; 1 for zeros."""
+    return torch.where(values < 0, -1.0, 1.0).to(values.dtype)
 
 
 def fit_scales(masked: Tensor, public: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from tempo.audit.attack import Attack, Control, Effort, Outcome
-from tempo.audit.attacks.signatures import FULL_DRIFTS, QUICK_DRIFTS, assign, balanced, fit_scales, refine, taps
+from tempo.audit.attacks.signatures import (
+    FULL_DRIFTS,
+    QUICK_DRIFTS,
+    agreeing,
+    assign,
+    balanced,
+    fit_scales,
+    refine,
+    taps,
+)
 from tempo.audit.controls import basecase
 from tempo.audit.controls.basecase import Guess
 from tempo.audit.controls.weak import InputsMixed
@@ -164,7 +173,7 @@ def rotations(masked: Tensor, public: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     core, public_core = (
         torch.einsum("ia,ijk,jb->abk", left, w, right) for w, (left, right) in ((masked, ours), (public, theirs))
     )
-    signs = _signs((core * public_core).sum(2))
+    signs = agreeing((core * public_core).sum(2))
     P, A = ((mine * sign) @ other.T for mine, other, sign in zip(ours, theirs, signs, strict=True))
     cloak, rank = torch.zeros_like(masked), 0
     if masked.shape[2] == 1:
@@ -196,21 +205,6 @@ def _left(lines: Tensor) -> tuple[Tensor, Tensor]:
     """All left singular vectors, and singular values, the largest first; from the small Gram matrix."""
     values, vectors = torch.linalg.eigh(lines @ lines.T)
     return vectors.flip(1), values.flip(0).clamp_min(0).sqrt()
-
-
-def _signs(agreement: Tensor) -> tuple[Tensor, Tensor]:
-    """Signs ``a``, ``b`` that make ``aᵀ agreement b`` large: from the leading singular vectors, then in turn."""
-    u, _, vh = torch.linalg.svd(agreement, full_matrices=False)
-    a, b = sign(u[:, 0]), sign(vh[0])
-    for _ in range(SWEEPS):
-        a = sign(agreement @ b)
-        b = sign(agreement.T @ a)
-    return a, b
-
-
-def sign(values: Tensor) -> Tensor:
-    """1 or −1; 1 for zeros."""
-    return torch.where(values < 0, -1.0, 1.0).to(values.dtype)
 
 
 def polar(m: Tensor) -> Tensor:
