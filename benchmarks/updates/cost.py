@@ -187,7 +187,7 @@ def main(target: Path, width: int) -> None:
         print(
             f"one rekey, {found['scheme']}, momentum {found['momentum']}: {found['bytes_up'] / 1e6:.1f} MB up, "
             f"{found['bytes_down'] / 1e6:.1f} MB down, {found['fetch_seconds'] * 1e3:.0f} ms to fetch, "
-            f"{found['store_seconds'] * 1e3:.0f} ms to store, beside a step of {found['usual_step_seconds'] * 1e3:.0f} ms"
+            f"{found['store_seconds'] * 1e3:.0f} ms to store, a step being {found['usual_step_seconds'] * 1e3:.0f} ms"
         )
     kept = {"machine": machine(), "width": width, "rekey_rows": Settings().rekey_rows, "worst_bytes_error": worst}
     target.write_text(json.dumps({**kept, "steps": results, "rekeys": rekeys}, indent=1) + "\n")

@@ -1,9 +1,9 @@
-"""Whether updates on workers give the numbers of updates here, and of plain PyTorch: every legal pair, a whole run each.
+"""Whether updates on workers give the numbers of updates here, and of plain PyTorch: every legal pair, a run each.
 
 A small ViT on scikit-learn's digits. Differences are relative: of the loss, the largest of all steps; of the weights of
 fully connected layers, which are what workers update, the largest of all matrices after the last step, as Frobenius
-norms. Beside each stand two controls of the same optimizer, plain runs that differ in rounding alone: two threads instead
-of one, and the images of each batch in another order.
+norms. Beside each stand two controls of the same optimizer, plain runs that differ in rounding alone: two threads, not
+one, and the images of each batch in another order.
 
     OMP_NUM_THREADS=1 python benchmarks/updates/equality.py [FILE.json] [STEPS]
 """

@@ -21,6 +21,7 @@ from tempo.errors import NonFiniteError, WorkerError
 from tempo.schemes.base import Problem, Recall, Scheme, Target
 from tempo.wire.messages import Linear
 from tempo.wire.messages import Product as ProductKind
+from tempo.worker.update import states
 
 if TYPE_CHECKING:
     from tempo.engine.engine import Engine
@@ -154,7 +155,7 @@ class Product:
         shape_w = (sum(len(w) for w in weights), *weights[0].shape[1:])
         work = flops(self.kind, tuple(x.shape), shape_w)
         workers = len(engine.targets(self.number, len(x), work, self.scheme.traits.operators))
-        return update_cost(len(x), engine.settings.rekey_rows, len(terms.kept(terms.rule(0))), workers).saved > 0
+        return update_cost(len(x), engine.settings.rekey_rows, len(states(terms.rule(0))), workers).saved > 0
 
     def _store(
         self, weights: Sequence[Tensor], sources: Sequence[Tensor], targets: Sequence[Target], again: bool

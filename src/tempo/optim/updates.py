@@ -22,6 +22,7 @@ from tempo.errors import UpdateError
 from tempo.optim.rules import KINDS, Group, Kind, names
 from tempo.schemes.base import Scheme
 from tempo.wire.messages import Rule
+from tempo.worker.update import states
 
 if TYPE_CHECKING:
     from tempo.engine.engine import Engine
@@ -110,7 +111,7 @@ class Updates:
     def for_free(
         self, optimizer: torch.optim.Optimizer, layers: Mapping[nn.Parameter, Scheme]
     ) -> dict[nn.Parameter, Scheme]:
-        """Those of ``layers`` that workers may update under ``update="auto"``: it is exact, and tells them nothing more.
+        """Those of ``layers`` that workers may update under ``update="auto"``: exactly, and learn nothing more by it.
 
         Of the others, the log says why not, and what it would save.
         """
@@ -132,9 +133,9 @@ class Updates:
 
     def _forgone(self, scheme: Scheme, kind: Kind, optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -> str:
         rekey_rows = self._engine.settings.rekey_rows
-        states = max(len(kind.keeps(group)) for group in optimizer.param_groups)
+        kept = max(len(states(kind.rule(group, (1, 1), 0))) for group in optimizer.param_groups)
         size = 2 * sum(w.numel() * w.itemsize for w in weights)
-        costs = ((rows, update_cost(rows, rekey_rows, states)) for rows in (rekey_rows >> shift for shift in (5, 3, 1)))
+        costs = ((rows, update_cost(rows, rekey_rows, kept)) for rows in (rekey_rows >> shift for shift in (5, 3, 1)))
         shares = ", ".join(f"{max(0.0, cost.saved):.0%} at {rows:,}" for rows, cost in costs)
         return (
             f"update='auto': weights are updated here, since on workers masks of scheme {scheme.name!r} would stay as "
