@@ -15,9 +15,10 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -112,14 +113,33 @@ def legal(scheme: str, optimizers: list[torch.optim.Optimizer]) -> bool:
     return commutes == "with any" or all(KINDS[type(o)].rotates for o in optimizers)
 
 
-def protected(start: nn.Module, make: Optimizers, steps: int, scheme: str, update: str) -> Run:
-    linear = all(KINDS[type(o)].linear for o in make(start))
-    settings = {"scheme": scheme, "update": update, "placement": "all", "verify": "always" if linear else "off"}
-    with tempo.connect(base="secret", local_threads=1, **settings) as session:  # type: ignore[arg-type]
-        return train(copy.deepcopy(start), make, steps, session)
+class Sessions:
+    """One for each kind of run."""
+
+    def __init__(self) -> None:
+        self._stack, self._open = ExitStack(), {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def run(self, start: nn.Module, make: Optimizers, steps: int, scheme: str, update: str) -> Run:
+        linear = all(KINDS[type(o)].linear for o in make(start))
+        fields = {"scheme": scheme, "update": update, "verify": "always" if linear else "off"}
+        kind = tuple(fields.values())
+        if kind not in self._open:
+            session = tempo.connect(base="secret", placement="all", local_threads=1, **fields)
+            self._open[kind] = self._stack.enter_context(session)
+        model = copy.deepcopy(start)
+        try:
+            return train(model, make, steps, self._open[kind])
+        finally:
+            self._open[kind].unprotect(model)
 
 
-def compare(name: str, start: nn.Module, steps: int) -> list[dict[str, Any]]:
+def compare(sessions: Sessions, name: str, start: nn.Module, steps: int) -> list[dict[str, Any]]:
     """All legal pairs of one optimizer."""
     make = OPTIMIZERS[name]
     plain = train(copy.deepcopy(start), make, steps)
@@ -132,7 +152,7 @@ def compare(name: str, start: nn.Module, steps: int) -> list[dict[str, Any]]:
         if not legal(scheme, make(start)):
             continue
         began = time.perf_counter()
-        here, away = (protected(start, make, steps, scheme, update) for update in ("trusted", "worker"))
+        here, away = (sessions.run(start, make, steps, scheme, update) for update in ("trusted", "worker"))
         if not away.on_workers:
             raise SystemExit(f"{scheme}, {name}: no weight lived on the worker, so this compares nothing")
         found.append(
@@ -175,7 +195,8 @@ def main(target: Path | None, steps: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     start = MODEL.build(1, 8, 10)
-    results = [line for name in OPTIMIZERS for line in compare(name, start, steps)]
+    with Sessions() as sessions:
+        results = [line for name in OPTIMIZERS for line in compare(sessions, name, start, steps)]
     Console(width=160).print(table(results, steps))
     if target is not None:
         kept = {"machine": machine(), "model": repr(MODEL), "batch": BATCH, "steps": steps, "pairs": results}
