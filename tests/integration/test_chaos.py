@@ -31,7 +31,7 @@ from tempo.errors import WorkerError, WorkerLiedError
 from tempo.session import Session
 from tempo.settings import parse
 from tempo.wire.address import Address
-from tempo.worker.lying import LIES
+from tempo.worker.lying import LIES, UPDATE_LIES
 from tempo.worker.server import Options, Server
 
 RUNS = int(os.environ.get("TEMPO_CHAOS_RUNS", "6"))
@@ -54,8 +54,8 @@ def fork() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def losses(model: nn.Module, steps: int = 4) -> list[float]:
-    return small_job.losses(model, steps)
+def losses(model: nn.Module, steps: int = 4, session: Session | None = None) -> list[float]:
+    return small_job.losses(model, steps, session)
 
 
 def strike(
@@ -97,9 +97,12 @@ def one_run(seed: int, fork: multiprocessing.context.ForkServerContext, expected
     count = chance.randint(2, 4)
     befallen = chance.sample(range(count), chance.randint(1, count))
     faults = {number: chance.choice(FAULTS) for number in befallen}
+    update = chance.choice(["trusted", "worker"])
+    lies = [*LIES, *(UPDATE_LIES if update == "worker" else ())]
     settings = parse(
         {
-            "scheme": chance.choice(["tempo", "mix"]),
+            "scheme": chance.choice(["tempo-signed" if update == "worker" else "tempo", "mix"]),
+            "update": update,
             "base": "secret",
             "placement": "all",
             "divide_flops": chance.choice([1, 1 << 20]),
@@ -115,7 +118,7 @@ def one_run(seed: int, fork: multiprocessing.context.ForkServerContext, expected
     with ExitStack() as stack:
         links, relays = [], []
         for number in range(count):
-            lie = f"{chance.choice(list(LIES))}:{chance.randint(1, 30)}" if faults.get(number) == "lie" else ""
+            lie = f"{chance.choice(lies)}:{chance.randint(1, 30)}" if faults.get(number) == "lie" else ""
             # Some over a relay, since shared memory's descriptors pass none.
             relayed = faults.get(number) == "cut" or chance.random() < 0.3
             ours, near = tcp_pair() if relayed else socket.socketpair()
@@ -141,7 +144,7 @@ def one_run(seed: int, fork: multiprocessing.context.ForkServerContext, expected
                 after = chance.random() < 0.5
                 strike(links[number], processes[number], relays[number], fault, moment, way, after=after)
         try:
-            found = losses(model)
+            found = losses(model, session=session)
             outcome = "same numbers"
             assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), (seed, faults)
         except WorkerError:
@@ -160,6 +163,7 @@ def one_run(seed: int, fork: multiprocessing.context.ForkServerContext, expected
         "seed": seed,
         "workers": count,
         "scheme": settings.scheme,
+        "update": update,
         "faults": sorted(faults.values()),
         "left the session": met,
         "outcome": outcome,
