@@ -96,8 +96,6 @@ def figures(used: Stats, training: Training, steps: int, period: int, rows: int,
         "bytes_down": used.bytes_received / steps,
         "bytes_expected": expected,
         "trusted_seconds": per_step(training.times[-steps:], period),
-        "mask_seconds": used.seconds["mask"] / steps,
-        "verify_seconds": used.seconds["verify"] / steps,
     }
 
 

@@ -5,14 +5,13 @@ fully connected layers, which are what workers update, the largest of all matric
 norms. Beside each stand two controls of the same optimizer, plain runs that differ in rounding alone: two threads, not
 one, and the images of each batch in another order.
 
-    OMP_NUM_THREADS=1 python benchmarks/updates/equality.py [FILE.json] [STEPS]
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/updates/equality.py [FILE.json] [STEPS]
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -20,9 +19,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
-
-# Before torch is loaded: on few cores, threads that spin while they wait keep the workers from working.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from rich.console import Console

@@ -1,6 +1,6 @@
 """Draw where updates are cheaper, here or on workers, from what `cost.py` measured.
 
-    python benchmarks/updates/plot.py COST.json docs/updates.svg
+python benchmarks/updates/plot.py COST.json docs/updates.svg
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("svg")
-mpl.rcParams |= {"svg.hashsalt": "tempo", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-
 import matplotlib.pyplot as plt
 import numpy as np
 
 from tempo.engine.update_cost import update_cost
 
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tempo",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 INK = "#7d8590"  # legible on white and on black
 COLOURS = {"trusted": INK, 0: "#2a8fd6", 1: "#d9662b", 2: "#3fa34d"}
 NAMES = {0: "worker, SGD", 1: "worker, momentum", 2: "worker, Adam (by the model)"}
@@ -57,6 +59,7 @@ def seconds(axes: Any, kept: dict[str, Any]) -> None:
 
 def main(source: Path, target: Path) -> None:
     kept = json.loads(source.read_text())
+    plt.rcParams |= STYLE
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     megabytes(left, kept)
     seconds(right, kept)

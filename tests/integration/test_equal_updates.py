@@ -1,5 +1,6 @@
-"""Updates on workers give the numbers of updates here, and of plain PyTorch, for every pair of scheme and optimizer that
-may be used; ``benchmarks/updates/equality.py`` does the same for longer.
+"""Updates on workers give the numbers of updates here, and of plain PyTorch, for every pair that is legal.
+
+``benchmarks/updates/equality.py`` compares longer runs.
 """
 
 from __future__ import annotations
