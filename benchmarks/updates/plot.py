@@ -1,6 +1,6 @@
 """Draw where updates are cheaper, here or on workers, from what `cost.py` measured.
 
-    python benchmarks/updates/plot.py COST.json docs/updates.svg
+python benchmarks/updates/plot.py COST.json docs/updates.svg
 """
 
 from __future__ import annotations
