@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tempo.audit.attack import Attack, Control, Effort, Evidence, Figure, NotApplicable, Outcome
 from tempo.audit.controls import victims
 from tempo.audit.knowledge import Knowledge
-from tempo.audit.solvers.matching import CERTAIN, Match, match, stacks
+from tempo.audit.solvers.matching import CERTAIN, Match, match_unsigned, stacks
 from tempo.audit.transcript import Call, View
 from tempo.audit.truth import CallTruth, Truth, Which
 
@@ -59,7 +59,7 @@ class CrossLayer(Attack):
                     continue
                 sides = comparable(source, target)
                 if sides is not None:
-                    pairs.append(Pair(source, target, match(*sides)))
+                    pairs.append(Pair(source, target, match_unsigned(*sides)))
         if not pairs:
             raise NotApplicable("no product's output has the shape of a later one's input")
         return pairs

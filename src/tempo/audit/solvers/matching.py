@@ -110,6 +110,16 @@ def match(first: list[Tensor], second: list[Tensor], rows: Tensor | None = None,
     return best
 
 
+def match_unsigned(first: list[Tensor], second: list[Tensor]) -> Match:
+    """As `match`, where a column's sign may differ from one side to the other too; magnitudes then find the rows."""
+    found = match(first, second)
+    if found.score > CERTAIN:
+        return found
+    magnitudes = match([ours.abs() for ours in first], [theirs.abs() for theirs in second], signed=False)
+    others = match(first, second, signed=False), _alternate(first[-1], second[-1], magnitudes.rows, signed=False)
+    return max(found, *others, key=lambda each: each.score)
+
+
 def _alternate(first: Tensor, second: Tensor, rows: Tensor, signed: bool) -> Match:
     found = _by_rows(first, second, rows, signed)
     for _ in range(ROUNDS):
