@@ -99,3 +99,16 @@ def test_a_pair_that_is_not_equal_is_refused(connect: Connect, name: str):
     model = session.protect(Network())
     with pytest.raises(UpdateError, match="does not commute with the masks of scheme 'mix'"):
         session.optimizer(ELEMENTWISE[name](list(model.parameters())))
+
+
+def test_a_gradient_that_is_dropped_on_the_worker_takes_its_cloak_along(connect: Connect):
+    """It came from here, was cloaked, and is dropped between forward and backward pass."""
+    build, found = ROTATING["momentum"], []
+    for session in (None, connect(scheme="mix", update="worker")):
+        model = Network() if session is None else session.protect(Network())
+        model(torch.ones(ROWS, WIDTH)).square().sum().backward()
+        optimizer = build(list(model.parameters()))
+        train(model, optimizer if session is None else session.optimizer(optimizer))
+        found.append(model.state_dict())
+    for key, w in found[0].items():
+        assert float((found[1][key] - w).norm() / w.norm()) < 1e-5
