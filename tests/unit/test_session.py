@@ -35,7 +35,7 @@ def test_counts_are_a_copy_and_can_be_subtracted(connect):
     assert start.encryptions == {"x": 0, "w": 0, "g": 0}
     assert used.encryptions == {"x": 1, "w": 1, "g": 1}
     # The input needs no gradient: forward, and that of the weight.
-    assert used.decryptions == {"y": 1, "dx": 0, "dw": 1}
+    assert used.decryptions == {"y": 1, "dx": 0, "dw": 1, "w": 0}
     assert used.flops_offloaded == 2 * (2 * 5 * 4 * 3)
     # w, x, g up; y, dw down; four bytes each.
     assert used.bytes_sent == 4 * (3 * 4 + 5 * 4 + 5 * 3)
