@@ -352,6 +352,29 @@ def test_without_session_optimizer_weights_stay(connect: Connect) -> None:
     assert session.stats().decryptions["dw"] > 0
 
 
+def test_an_optimizer_goes_on_without_its_session_and_with_another(connect: Connect) -> None:
+    plain = Attention()
+    ordinary = BUILD["nesterov"](plain.parameters())
+    expected = [train(plain, ordinary, steps=range(start, start + 2)) for start in (0, 2, 4)]
+    model = Attention()
+    optimizer = BUILD["nesterov"](model.parameters())
+    found = []
+    for start in (0, 2, 4):
+        if start == 2:  # in between without any
+            found.append(train(model, optimizer, steps=range(start, start + 2)))
+            continue
+        session = on_workers(connect)
+        protect(session, model)
+        assert session.optimizer(optimizer) is optimizer
+        assert session.optimizer(optimizer) is optimizer
+        found.append(train(model, optimizer, session.clip_grad_norm_, range(start, start + 2)))
+        assert session.stats().decryptions["w"] > 0
+        session.unprotect(model)
+        session.close()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
 def test_closing_and_unprotecting_bring_weights_back(connect: Connect) -> None:
     for leave in (lambda session, model: session.close(), lambda session, model: session.unprotect(model)):
         plain = Attention()

@@ -91,19 +91,18 @@ class Updates:
         Raises:
             UpdateError: It cannot run under these masks, or not be verified.
         """
-        kind = _kind_of(optimizer)
+        own, kind = _own_class(optimizer), _kind_of(optimizer)
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
         allowed = {id(p): scheme for p, scheme in layers.items() if id(p) in mine}
         if not allowed:
             raise UpdateError("session.optimizer(): none of its parameters is the weight of a layer that goes out")
         for scheme in dict.fromkeys(allowed.values()):
             _check(scheme, kind, optimizer, self._engine)
-        own = type(optimizer)
         optimizer.__class__ = type(
             own.__name__, (OnWorkers, own), {"__module__": own.__module__, "__doc__": own.__doc__}
         )
         taken: Any = optimizer
-        taken._tempo = _Taken(self._engine, kind, set(allowed))
+        taken._tempo = _Taken(own, kind, set(allowed))
         _keep_schedulers(taken)
         self._optimizers.append(weakref.ref(taken))
         return optimizer
@@ -173,8 +172,8 @@ class Updates:
 class _Taken:
     """What a taken optimizer knows of its session."""
 
-    def __init__(self, engine: Engine, kind: Kind, allowed: set[int]) -> None:
-        self.engine, self.kind, self.allowed = engine, kind, allowed
+    def __init__(self, own: type[torch.optim.Optimizer], kind: Kind, allowed: set[int]) -> None:
+        self.own, self.kind, self.allowed = own, kind, allowed
         self.groups: dict[int, Group] = {}
         self.seen = 0
         """Groups that `groups` was made of."""
@@ -269,13 +268,19 @@ def clip_grad_norm_(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
     return total
 
 
+def _own_class(optimizer: torch.optim.Optimizer) -> type[torch.optim.Optimizer]:
+    """Its class before a session took it: perhaps an earlier one, which is over."""
+    return optimizer._tempo.own if isinstance(optimizer, OnWorkers) else type(optimizer)
+
+
 def _kind_of(optimizer: torch.optim.Optimizer) -> Kind:
-    kind = KINDS.get(type(optimizer))
+    own = _own_class(optimizer)
+    kind = KINDS.get(own)
     if kind is None:
         hint = "; torch.optim.Muon rounds to bfloat16, which masks do not commute with: use tempo.optim.Muon"
         raise UpdateError(
-            f"workers cannot run {type(optimizer).__module__}.{type(optimizer).__name__}: they can {names()}"
-            f"{hint if type(optimizer) is torch.optim.Muon else ''}; or use update='trusted'"
+            f"workers cannot run {own.__module__}.{own.__name__}: they can {names()}"
+            f"{hint if own is torch.optim.Muon else ''}; or use update='trusted'"
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise UpdateError("workers cannot run an optimizer with differentiable=True; or use update='trusted'")
