@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+# Before torch is loaded: on few cores, threads that spin while they wait keep the workers from working.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from rich.console import Console
@@ -34,15 +39,15 @@ from tempo.recipes import data
 from tempo.recipes.models import VitSmall, logits
 from tempo.session import Session
 
-BATCH = 16
+BATCH = 8
 MODEL = VitSmall(width=64, depth=2, heads=2, mlp=128, patch=2)
-SCHEMES = ("insecure-plain", "tempo-signed", "mix")
+SCHEMES = ("tempo-signed", "mix")
 
 Optimizers = Callable[[nn.Module], list[torch.optim.Optimizer]]
 
 
-def sgd(**options: Any) -> Optimizers:
-    return lambda model: [torch.optim.SGD(model.parameters(), 0.05, **options)]
+def sgd(lr: float, **options: Any) -> Optimizers:
+    return lambda model: [torch.optim.SGD(model.parameters(), lr, **options)]
 
 
 def muon(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -50,18 +55,18 @@ def muon(model: nn.Module) -> list[torch.optim.Optimizer]:
     inner = {id(p) for name, p in model.named_parameters() if ".layer" in name and p.dim() == 2}
     matrices = [p for p in model.parameters() if id(p) in inner]
     rest = [p for p in model.parameters() if id(p) not in inner]
-    return [Muon(matrices, 0.01, weight_decay=0.1), torch.optim.SGD(rest, 0.05, momentum=0.9)]
+    return [Muon(matrices, 0.002, weight_decay=0.1), torch.optim.SGD(rest, 0.002, momentum=0.9)]
 
 
 OPTIMIZERS: dict[str, Optimizers] = {
-    "SGD": sgd(),
-    "momentum": sgd(momentum=0.9),
-    "Nesterov": sgd(momentum=0.9, nesterov=True),
-    "weight decay": sgd(momentum=0.9, weight_decay=0.01),
+    "SGD": sgd(0.01),
+    "momentum": sgd(0.002, momentum=0.9),
+    "Nesterov": sgd(0.002, momentum=0.9, nesterov=True),
+    "weight decay": sgd(0.002, momentum=0.9, weight_decay=0.01),
     "Muon": muon,
-    "Adam": lambda model: [torch.optim.Adam(model.parameters(), 1e-3)],
-    "AdamW": lambda model: [torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.1)],
-    "Lion": lambda model: [Lion(model.parameters(), 2e-4, weight_decay=0.1)],
+    "Adam": lambda model: [torch.optim.Adam(model.parameters(), 3e-4)],
+    "AdamW": lambda model: [torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.1)],
+    "Lion": lambda model: [Lion(model.parameters(), 3e-5, weight_decay=0.1)],
 }
 
 
@@ -112,27 +117,48 @@ def legal(scheme: str, optimizers: list[torch.optim.Optimizer]) -> bool:
     return commutes == "with any" or all(KINDS[type(o)].rotates for o in optimizers)
 
 
-def protected(start: nn.Module, make: Optimizers, steps: int, scheme: str, update: str) -> Run:
-    linear = all(KINDS[type(o)].linear for o in make(start))
-    settings = {"scheme": scheme, "update": update, "placement": "all", "verify": "always" if linear else "off"}
-    with tempo.connect(base="secret", local_threads=1, **settings) as session:  # type: ignore[arg-type]
-        return train(copy.deepcopy(start), make, steps, session)
+class Sessions:
+    """One for each kind of run."""
+
+    def __init__(self) -> None:
+        self._stack, self._open = ExitStack(), {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def run(self, start: nn.Module, make: Optimizers, steps: int, scheme: str, update: str) -> Run:
+        linear = all(KINDS[type(o)].linear for o in make(start))
+        fields = {"scheme": scheme, "update": update, "verify": "always" if linear else "off"}
+        kind = tuple(fields.values())
+        if kind not in self._open:
+            session = tempo.connect(base="secret", placement="all", local_threads=1, **fields)
+            self._open[kind] = self._stack.enter_context(session)
+        model = copy.deepcopy(start)
+        try:
+            return train(model, make, steps, self._open[kind])
+        finally:
+            self._open[kind].unprotect(model)
 
 
-def compare(name: str, start: nn.Module, steps: int) -> list[dict[str, Any]]:
+def compare(sessions: Sessions, name: str, start: nn.Module, steps: int) -> list[dict[str, Any]]:
     """All legal pairs of one optimizer."""
     make = OPTIMIZERS[name]
+    began = time.perf_counter()
     plain = train(copy.deepcopy(start), make, steps)
     torch.set_num_threads(2)
     threads = train(copy.deepcopy(start), make, steps).apart(plain)
     torch.set_num_threads(1)
     order = train(copy.deepcopy(start), make, steps, reverse=True).apart(plain)
+    print(f"{name}, plain and controls: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     found = []
     for scheme in SCHEMES:
         if not legal(scheme, make(start)):
             continue
         began = time.perf_counter()
-        here, away = (protected(start, make, steps, scheme, update) for update in ("trusted", "worker"))
+        here, away = (sessions.run(start, make, steps, scheme, update) for update in ("trusted", "worker"))
         if not away.on_workers:
             raise SystemExit(f"{scheme}, {name}: no weight lived on the worker, so this compares nothing")
         found.append(
@@ -175,7 +201,8 @@ def main(target: Path | None, steps: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     start = MODEL.build(1, 8, 10)
-    results = [line for name in OPTIMIZERS for line in compare(name, start, steps)]
+    with Sessions() as sessions:
+        results = [line for name in OPTIMIZERS for line in compare(sessions, name, start, steps)]
     Console(width=160).print(table(results, steps))
     if target is not None:
         kept = {"machine": machine(), "model": repr(MODEL), "batch": BATCH, "steps": steps, "pairs": results}

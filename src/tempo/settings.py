@@ -98,7 +98,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Seconds to wait for one answer before the worker counts as lost, however alive it seems."""
 
     stall_timeout: Annotated[float, Meta(ge=3, le=86400)] = 15.0
-    """Seconds of silence before a worker counts as lost: workers send a sign of life every second."""
+    """Seconds of silence, or of nothing reaching it, before a worker is lost: it sends a sign of life each second."""
 
     patience: Annotated[float, Meta(ge=0, le=604800)] = 30.0
     """Seconds to wait for a lost worker to come back where no other is left, before that is an error; 0: none is even

@@ -204,3 +204,16 @@ def test_one_liar_among_three_workers_is_banned_and_the_losses_stay(
     assert len(said) == 1
     assert "in step 0" in said[0]  # each of its answers is a lie, so it was its first
     assert "going on without it and its operator" in said[0]
+
+
+def test_weights_that_workers_update_give_the_same_losses(recipe: Path, tmp_path: Path, workers: list[str]) -> None:
+    away = ("--update", "worker", "--scheme", "tempo-signed", "--workers", workers[0], "--set", "session.placement=all")
+    refused = run("train", recipe, *away, "--out", tmp_path / "refused")
+    assert refused.exit_code == 1
+    assert "no check follows AdamW" in " ".join(refused.output.split())
+    sgd = ("--set", "optimizer.name=sgd")
+    result = run("train", recipe, *away, *sgd, "--out", tmp_path / "away")
+    assert result.exit_code == 0, result.output
+    plain = run("train", recipe, "--plain", *sgd, "--out", tmp_path / "plain")
+    assert plain.exit_code == 0
+    assert losses(tmp_path / "away") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4, abs=1e-6)

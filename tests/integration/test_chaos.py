@@ -173,6 +173,7 @@ def one_run(seed: int, fork: multiprocessing.context.ForkServerContext, expected
 
 def descriptors() -> int:
     """Open in this process; segments of shared memory have one each, as long as anything maps them."""
+    torch.ones(1, requires_grad=True).sum().backward()  # autograd keeps what it last failed with until then
     for _ in range(4):  # a generation at a time: graphs of autograd are freed as a consequence only
         gc.collect()
     return len(os.listdir("/proc/self/fd"))

@@ -148,6 +148,7 @@ class Residence:
             self._changed = self.steps > 0
             self._journal.pop("gradient", None)
             self.product.engine.links[self.target.worker].forget(gradients=[self.stored.number])
+            self.encoded.discard()
             if self.sketch is not None:
                 self.sketch.discard()
 

@@ -68,7 +68,7 @@ class Site:
     @property
     def trusted_updates(self) -> list[str]:
         """Why its weight is updated here although the session lets workers do that."""
-        products = [*self._products.values(), *([] if self.group is None else [self.group.product])]
+        products = list(self._products.values()) if self.group is None else [self.group.product]
         return [product.trusted_updates for product in products if product.trusted_updates]
 
     def linear(self, x: Tensor, parameters: Parameters, trusted: Callable[[], Tensor]) -> Tensor:

@@ -186,6 +186,10 @@ class UpdatableWeight(EncodedWeight):
         """Whether what a worker has under ``name`` is as long as what it stands for."""
 
     @abstractmethod
+    def discard(self) -> None:
+        """Note that the worker dropped the gradient."""
+
+    @abstractmethod
     def follow(self, rule: Rule, scale: float) -> None:
         """Note that a worker changed the weight by ``rule``, its gradient times ``scale``."""
 

@@ -165,6 +165,11 @@ class MaskedWeight(UpdatableWeight):
         """Unless a cloak lies on it: feature masks that commute with optimizers are orthogonal."""
         return self._cloak_on(name) is None
 
+    def discard(self) -> None:
+        """The gradient's cloak went with it."""
+        for lying in self._lying:
+            lying.counts.pop("gradient", None)
+
     def follow(self, rule: Rule, scale: float) -> None:
         """Change all cloaks as the worker's arithmetic does."""
         for lying in self._lying:
