@@ -5,6 +5,7 @@ weight and momentum, or the weight alone, as if there were no momentum. Beside i
 step, and only weights are sent. Usage:
 
     OMP_NUM_THREADS=1 python benchmarks/audit/rekeying.py rekeying.json
+    OMP_NUM_THREADS=1 python benchmarks/audit/rekeying.py rekeying-plain-sgd.json optimizer.momentum=0.0
 """
 
 from __future__ import annotations
@@ -45,20 +46,23 @@ def linked(done: Rehearsed, names: set[str]) -> float:
     return sum(found) / len(found)
 
 
-def main(target: Path) -> None:
+def main(target: Path, *overrides: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    recipe = recipes.load(Path(__file__).parents[2] / "examples" / "audit_vit.toml", RECIPE)
+    recipe = recipes.load(Path(__file__).parents[2] / "examples" / "audit_vit.toml", [*RECIPE, *overrides])
+    used = [("worker", {"w", "momentum_buffer"}), ("worker", {"w"}), ("trusted", {"w"})]
+    if not getattr(recipe.optimizer, "momentum", 0.0):
+        del used[0]
     whole = rehearsal.Rehearsal(recipe, "quick")
     start = whole.start("secret")
     series: dict[str, list[float | None]] = {}
     for rank in RANKS:
-        for update, names in (("worker", {"w", "momentum_buffer"}), ("worker", {"w"}), ("trusted", {"w"})):
+        for update, names in used:
             settings = rehearsal.session_settings(recipe, "mix", update=update, mix_cloak=rank)
             value = linked(whole.record(start, settings, preset_for="secret"), names)
-            used = "weight and momentum" if len(names) > 1 else "weight alone"
-            series.setdefault(f"update={update}: {used}", []).append(value)
-            print(rank, update, used, f"{value:.3f}", flush=True)
+            what = "weight and momentum" if len(names) > 1 else "weight alone"
+            series.setdefault(f"update={update}: {what}", []).append(value)
+            print(rank, update, what, f"{value:.3f}", flush=True)
     curve = Curve(
         title="Masks linked over a rekey, by rank of the cloak",
         x_label="rank of the cloaks, on weight and momentum",
@@ -69,9 +73,9 @@ def main(target: Path) -> None:
         note="ViT of width 128, the three layers of its first block that are no attention inputs; `mix` in blocks of "
         "32; chance 0.05 to 0.07. The attacker knows nothing but the transcript.",
     )
-    command = "python benchmarks/audit/rekeying.py rekeying.json"
+    command = " ".join(["python benchmarks/audit/rekeying.py", target.name, *overrides])
     write(Report(runs=[], curves=[curve], command=command, machine=machine()), target)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -65,6 +65,24 @@ def test_a_transcript_of_a_real_worker_is_attacked_and_scored(recipe, tmp_path):
     assert finding.figures[0].value > 0.999
 
 
+def test_weights_that_live_on_a_real_worker_are_audited_like_others(recipe, tmp_path):
+    run(
+        *("train", recipe, "--scheme", "tempo-signed", "--update", "worker", "--out", tmp_path / "run"),
+        *("--set", "session.rekey_rows=32"),
+        *("--set", f"session.transcript={tmp_path / 'transcript'}", "--insecure-record-truth", tmp_path / "truth"),
+    )
+    file = tmp_path / "report.json"
+    run(
+        *("audit", tmp_path / "transcript", "--attack", "rekeying", "--truth", tmp_path / "truth"),
+        *("--json", file),
+    )
+    (finding,) = contents.read(file).runs[0].findings
+    figures = {figure.name: figure.value for figure in finding.figures}
+    assert figures["masks linked"] == pytest.approx(1.0)
+    # No step of training lies between: it is the weight that was fetched and sent again.
+    assert figures["misfit"] < 1e-6
+
+
 def test_without_the_truth_nothing_is_claimed(recipe, tmp_path):
     run("train", recipe, "--out", tmp_path / "run", "--set", f"session.transcript={tmp_path / 'transcript'}")
     file = tmp_path / "report.json"

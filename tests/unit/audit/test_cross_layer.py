@@ -44,6 +44,13 @@ def test_maps_of_a_residual_network_are_matched_with_nothing_known():
     assert found["rows matched"] > 0.7
 
 
+def test_signs_of_features_keep_nobody_from_matching_layers():
+    finding, found = figures(victims.gelu_mlp().record("tempo-signed"))
+    assert finding.verdict == "broken"
+    assert found["channels matched"] > 0.9
+    assert found["rows matched"] > 0.99
+
+
 def test_mixing_leaves_nothing_to_match():
     finding, found = figures(replace(victims.relu_mlp(), batch=64).record("mix"))
     assert finding.verdict == "resisted"

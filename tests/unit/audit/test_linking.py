@@ -39,6 +39,11 @@ def test_convolutions_and_groups_are_linked():
     assert run(attention).figures[0].value == 1.0
 
 
+def test_signs_of_features_do_not_hide_rows():
+    finding = run(basecase.record(basecase.network(), steps=3, lr=0.1, scheme="tempo-signed"))
+    assert finding.figures[0].value > 0.99
+
+
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_rows_of_mixed_weights_are_not_linked(rounds):
     finding = run(basecase.record(basecase.network(), steps=3, scheme="mix", mix_rounds=rounds))

@@ -16,6 +16,7 @@ from tempo.errors import AuditError
 
 REPOSITORY = Path(__file__).parents[3]
 REPORT = REPOSITORY / "benchmarks" / "audit" / "report.json"
+MEASURED = REPORT.parent / "epyc-avx2-2026-11-24"
 
 
 def finding(attack, knows, value, name="share of rows", **fields):
@@ -148,3 +149,36 @@ def test_the_documentation_says_what_the_audit_found():
         assert stale == [], "write them anew: python -m tempo.audit.report.matrix docs benchmarks/audit/report.json"
     else:
         assert matrix.update(folder, Report(runs=[]), check=True) == []
+
+
+def test_figures_of_weights_on_workers_are_those_measured():
+    text = (REPOSITORY / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    table = cells(text.split("## Weights that live on workers")[1].split("\n## ")[0])
+    for column, (scheme, update) in enumerate(
+        (scheme, update) for scheme in ("tempo-signed", "mix") for update in ("trusted", "worker")
+    ):
+        runs = [r for r in read(MEASURED / f"updates-{update}.json").runs if (r.scheme, r.base) == (scheme, "secret")]
+        found = {f.attack: f for r in runs for f in r.findings if f.figures}
+        for attack in (
+            "rekeying",
+            "gradients-joint",
+            "linking",
+            "zero-rows",
+            "information",
+            "ica",
+            "nmf",
+            "covariance",
+        ):
+            figure = f"{found[attack].figures[0].value:.2g}"
+            figure = f"**{figure}**" if found[attack].verdict == "broken" else figure
+            assert table[f"`{attack}`"][column] == figure
+    (curve,) = read(MEASURED / "rekeying.json").curves
+    for name, series in zip(
+        ("on workers, weight and momentum used", "on workers, momentum not used", "trusted updates"),
+        curve.series.values(),
+        strict=True,
+    ):
+        assert table[name] == [f"{value:.2f}" for value in series]
+    (plain,) = read(MEASURED / "rekeying-plain-sgd.json").curves
+    worker, trusted = (series[plain.x.index(16)] for series in plain.series.values())
+    assert f"{worker:.2f} at the default rank, where trusted updates give {trusted:.2f}" in text

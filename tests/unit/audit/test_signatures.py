@@ -35,6 +35,13 @@ def test_permutations_scales_and_the_private_change_are_recovered_from_tempo(dri
     assert found["cosine with the private change"] > 0.97
 
 
+def test_signs_are_recovered_by_magnitudes():
+    finding, found = figures(basecase.record(basecase.network(), 0.05, scheme="tempo-signed"))
+    assert finding.verdict == "broken"
+    assert found["rows assigned correctly"] == found["columns assigned correctly"] == 1.0
+    assert found["delta error"] < 0.2
+
+
 def test_groups_that_share_an_input_are_matched_as_one():
     evidence = basecase.record(basecase.Attention(), 0.05, inputs=torch.randn(24, 16, 64), steps=4, scheme="tempo")
     assert "query + key + value" in {evidence.truth.name(layer) for layer in evidence.view.layers}

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tempo.audit import lab
+from tempo.audit.solvers.unmixing import gather
 from tempo.schemes.masks import Masks
 
 STEPS = 6
@@ -43,3 +44,11 @@ def test_the_truth_and_the_gradient_of_every_call_are_known_as_under_trusted_upd
         dw = torch.empty(call.w.shape)
         Masks(A=behind.mask("A"), P=behind.mask("P")).decode("dw", call.dw, dw)
         torch.testing.assert_close(dw, behind["g"].T @ behind["x"], rtol=1e-4, atol=1e-5)
+
+
+def test_attacks_on_reuse_take_rows_of_all_steps_under_one_mask():
+    view = trained("worker", "mix").views[0]
+    first = gather(view, "quick")[0]
+    assert len({call.weight for call in first.calls}) == 1
+    assert len({call.step for call in first.calls}) == 2
+    assert len(first.x) == 256

@@ -116,8 +116,10 @@ def match_unsigned(first: list[Tensor], second: list[Tensor]) -> Match:
     if found.score > CERTAIN:
         return found
     magnitudes = match([ours.abs() for ours in first], [theirs.abs() for theirs in second], signed=False)
-    others = match(first, second, signed=False), _alternate(first[-1], second[-1], magnitudes.rows, signed=False)
-    return max(found, *others, key=lambda each: each.score)
+    found = max(found, _alternate(first[-1], second[-1], magnitudes.rows, signed=False), key=lambda each: each.score)
+    if found.score > CERTAIN:
+        return found
+    return max(found, match(first, second, signed=False), key=lambda each: each.score)
 
 
 def _alternate(first: Tensor, second: Tensor, rows: Tensor, signed: bool) -> Match:
