@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tempo.engine.away import AwayParameter
-from tempo.errors import UpdateError, WeightAwayError
+from tempo.errors import ProtectionWarning, UpdateError, WeightAwayError
 from tempo.optim import Lion, Muon
 from tempo.session import Session
 
@@ -281,6 +281,16 @@ def test_rows_without_gradient_keep_a_layer_s_updates_here(connect: Connect) -> 
     assert train(model, optimizer, session.clip_grad_norm_) == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert type(model.last.weight) is nn.Parameter
     assert "updated here" in str(session.summary())
+
+
+def test_momentum_that_links_masks_is_warned_of(connect: Connect) -> None:
+    session = on_workers(connect, "mix")
+    model = protect(session, nn.Linear(64, 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.optimizer(torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.warns(ProtectionWarning, match="links new masks to old ones"):
+        session.optimizer(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
 
 
 def test_tied_weights_are_updated_here(connect: Connect) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tempo.engine.away import residence_of
 from tempo.engine.residence import Residence, Terms
 from tempo.engine.update_cost import update_cost
-from tempo.errors import UpdateError
+from tempo.errors import ProtectionWarning, UpdateError
 from tempo.optim.rules import KINDS, Group, Kind, names
 from tempo.schemes.base import Scheme
 from tempo.wire.messages import Rule
@@ -98,6 +98,9 @@ class Updates:
             raise UpdateError("session.optimizer(): none of its parameters is the weight of a layer that goes out")
         for scheme in dict.fromkeys(allowed.values()):
             _check(scheme, kind, optimizer, self._engine)
+            broken = scheme.traits.known_breaks.get("momentum-on-workers")
+            if broken and any(_kept(kind, group) for group in optimizer.param_groups):
+                self._engine.warn_once(f"scheme {scheme.name!r}: {broken}", ProtectionWarning)
         optimizer.__class__ = type(
             own.__name__, (OnWorkers, own), {"__module__": own.__module__, "__doc__": own.__doc__}
         )
@@ -132,7 +135,7 @@ class Updates:
 
     def _forgone(self, scheme: Scheme, kind: Kind, optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -> str:
         rekey_rows = self._engine.settings.rekey_rows
-        kept = max(len(states(kind.rule(group, (1, 1), 0))) for group in optimizer.param_groups)
+        kept = max(len(_kept(kind, group)) for group in optimizer.param_groups)
         size = 2 * sum(w.numel() * w.itemsize for w in weights)
         costs = ((rows, update_cost(rows, rekey_rows, kept)) for rows in (rekey_rows >> shift for shift in (5, 3, 1)))
         shares = ", ".join(f"{max(0.0, cost.saved):.0%} at {rows:,}" for rows, cost in costs)
@@ -314,6 +317,11 @@ def _keep_schedulers(optimizer: OnWorkers) -> None:
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     vars(optimizer)["step"] = step
+
+
+def _kept(kind: Kind, group: Group) -> Sequence[str]:
+    """What the optimizer keeps of a weight in this group."""
+    return states(kind.rule(group, (1, 1), 0))
 
 
 def _tensors(state: Mapping[str, Any]) -> list[str]:

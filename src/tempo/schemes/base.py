@@ -96,7 +96,7 @@ class Traits:
     """Masking or unmasking one element in pure torch on one core, measured on Zen 4 (see benchmarks/)."""
     known_breaks: Mapping[str, str] = field(default_factory=dict)
     """What is known to undo the scheme, by what makes it apply: ``always``, ``relu``, ``public-base``,
-    ``spatial-convolution``; see `tempo.conditions`."""
+    ``spatial-convolution``, ``momentum-on-workers``; see `tempo.conditions`."""
 
 
 class EncodedGradient(ABC):

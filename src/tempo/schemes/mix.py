@@ -21,6 +21,9 @@ class Mix(Mixing):
             "spatial-convolution": "the taps of a kernel share their masks, so a worker can link the fresh masks of a "
             "convolution from step to step and undo the freshness; unfold=True masks taps and positions too "
             "(docs/schemes/mix.md)",
+            "momentum-on-workers": "with update='worker', momentum goes out anew with its weight whenever masks are "
+            "renewed, and that links new masks to old ones (0.69 of A, against 0.20 under trusted updates; "
+            "docs/threat-model.md): count them as one mask for the whole run; momentum=0 does without",
         },
     )
     # Smaller blocks of features fall to sparse-direction searches and to frames of a known base, smaller blocks of rows
