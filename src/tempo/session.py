@@ -7,6 +7,7 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -107,7 +108,7 @@ class Session:
         self._said: set[str] = set()
         self._presets: dict[str, Scheme] = {}
         self._updates = Updates(self._engine)
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: dict[nn.Module, list[RemovableHandle]] = {}
 
     @property
     def settings(self) -> Settings:
@@ -193,12 +194,13 @@ class Session:
         self._engine.check_open()
         if self.settings.update == "trusted":
             return optimizer
+        self.fetch_weights()  # those that another optimizer has had until now
         weights = self._weights_to_update()
         if self.settings.update == "auto" and not (weights := self._updates.for_free(optimizer, weights)):
             return optimizer
         for layer in self._layers:
-            if any(p in weights for p in layer.module.parameters(recurse=False)):
-                self._hooks += follow_state(layer.module)
+            if layer.module not in self._hooks and any(p in weights for p in layer.module.parameters(recurse=False)):
+                self._hooks[layer.module] = follow_state(layer.module)
         return self._updates.take(optimizer, weights)
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Tensor:
@@ -268,9 +270,9 @@ class Session:
         except WorkerError as error:
             log.error("%s", str(error))
         finally:
-            for hook in self._hooks:
+            for hook in chain.from_iterable(self._hooks.values()):
                 hook.remove()
-            self._hooks = []
+            self._hooks.clear()
             self._engine.close()
 
     def __enter__(self) -> Self:

@@ -15,7 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tempo.engine.stats import Stats
+from tempo.errors import WeightAwayError
 from tempo.layers.base import Protected
+from tempo.session import Session
 
 IDS = torch.arange(24).view(2, 12) * 7 % 64
 TEXT = {"input_ids": IDS, "labels": IDS}
@@ -193,10 +195,12 @@ def test_trainer_runs_unchanged(connect, tmp_path):
         assert torch.equal(p, q), name
 
 
-def accelerate_losses(model: nn.Module) -> list[float]:
+def accelerate_losses(model: nn.Module, session: Session | None = None) -> list[float]:
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    if session is not None:
+        session.optimizer(optimizer)
     loader = torch.utils.data.DataLoader(Digits(), batch_size=4)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=4)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
@@ -205,7 +209,8 @@ def accelerate_losses(model: nn.Module) -> list[float]:
         with accelerator.accumulate(model):
             loss = model(**batch).loss
             accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            clip = accelerator.clip_grad_norm_ if session is None else session.clip_grad_norm_
+            clip(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -222,6 +227,22 @@ def test_accelerate_runs_unchanged(connect):
         torch.tensor(accelerate_losses(model)), torch.tensor(accelerate_losses(plain)), rtol=1e-4, atol=1e-6
     )
     assert offloaded(session.stats())
+
+
+def test_weights_on_workers_under_accelerate_but_not_trainer(connect, tmp_path):
+    """`Trainer` reads every gradient for its log: that raises, where the rest of the gradients would have misled."""
+    plain = make("vit")
+    session = connect(scheme="tempo-signed", update="worker", verify="off")
+    model = session.protect(copy.deepcopy(plain))
+    found = accelerate_losses(model, session)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(accelerate_losses(plain)), rtol=1e-4, atol=1e-6)
+    assert session.stats().decryptions["w"] + len(session._engine.residences) > 0
+    assert session.stats().decryptions["dw"] < session.stats().decryptions["dx"] / 2
+    optimizer = session.optimizer(torch.optim.AdamW(model.parameters(), 1e-3))
+    arguments = hf.TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = hf.Trainer(model=model, args=arguments, train_dataset=Digits(), optimizers=(optimizer, None))
+    with pytest.raises(WeightAwayError, match="gradient of its weight is on a worker"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt2"])

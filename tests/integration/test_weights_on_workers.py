@@ -211,6 +211,25 @@ def test_a_second_backward_through_one_call_accumulates_as_pytorch_does(connect:
     torch.testing.assert_close(model.weight, plain.weight - 0.1 * plain.weight.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_clipping_between_the_parts_of_a_step(connect: Connect) -> None:
+    """What comes after is not scaled with what came before."""
+    torch.manual_seed(1)
+    plain = nn.Linear(64, 64)
+    session = on_workers(connect)
+    model = protect(session, copy.deepcopy(plain))
+    optimizer = session.optimizer(torch.optim.SGD(model.parameters(), 0.1))
+    norms = []
+    for layer, clip in ((plain, nn.utils.clip_grad_norm_), (model, session.clip_grad_norm_)):
+        for part in range(3):
+            generator = torch.Generator().manual_seed(part)
+            (10 * layer(torch.randn(40, 64, generator=generator))).square().mean().backward()
+            norms.append(float(clip(layer.parameters(), 0.5)))
+    assert norms[3:] == pytest.approx(norms[:3], rel=1e-4)
+    optimizer.step()
+    session.fetch_weights()
+    torch.testing.assert_close(model.weight, plain.weight - 0.1 * plain.weight.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_activation_checkpointing(connect: Connect) -> None:
     class Checkpointed(Attention):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -291,6 +310,21 @@ def test_momentum_that_links_masks_is_warned_of(connect: Connect) -> None:
         session.optimizer(torch.optim.SGD(model.parameters(), 0.1))
     with pytest.warns(ProtectionWarning, match="links new masks to old ones"):
         session.optimizer(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
+
+
+def test_hooks_on_gradients_are_called(connect: Connect) -> None:
+    session = on_workers(connect)
+    model = protect(session, nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)))
+    optimizer = session.optimizer(torch.optim.SGD(model.parameters(), 0.1))
+    seen = []
+    model[0].weight.register_hook(lambda g: seen.append(g.shape))
+    model[1].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.shape))
+    model(torch.randn(40, 64)).square().mean().backward()
+    assert seen == [(64, 64)] * 2
+    assert isinstance(model[2].weight, AwayParameter)
+    with pytest.raises(WeightAwayError):
+        model[2].weight.register_hook(lambda g: None)
+    optimizer.step()
 
 
 def test_tied_weights_are_updated_here(connect: Connect) -> None:

@@ -204,8 +204,12 @@ class Call:
         return None if part is None else x.new_zeros(x.shape).index_copy_(0, rows, part), dw
 
     def _still_holds(self, want_dw: bool) -> bool:
-        """Whether the weight is where it was in the forward pass, if it has to take a gradient there."""
-        return self.residence is None or not want_dw or self.residence is self.product.residence
+        """Whether the weight is where it was in the forward pass, if it has to take a gradient there.
+
+        A gradient that was clipped since is not added to: its factor is for what it was then.
+        """
+        residence = self.residence
+        return residence is None or not want_dw or (residence is self.product.residence and residence.scale == 1.0)
 
     def send(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Gradients:
         """Send ``g~`` as it is.

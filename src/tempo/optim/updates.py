@@ -148,7 +148,7 @@ class Updates:
     def terms(self, weights: Sequence[Tensor]) -> Terms | None:
         """How workers update ``weights``, or None where this side does."""
         found = self._group_of(weights)
-        if found is None or not all(type(w) is nn.Parameter and w.requires_grad for w in weights):
+        if found is None or not all(map(_may_leave, weights)):
             return None
         optimizer, group = found
         states = [optimizer.state.get(w, {}) for w in weights]
@@ -162,7 +162,7 @@ class Updates:
         return self._group_of(weights) is not None or not any(self._group_of([w]) for w in weights)
 
     def _group_of(self, weights: Sequence[Tensor]) -> tuple[OnWorkers, Group] | None:
-        for ref in self._optimizers:
+        for ref in reversed(self._optimizers):  # the last that was given a weight has it
             optimizer = ref()
             groups = [] if optimizer is None else [optimizer._tempo_group(w) for w in weights]
             if optimizer is None or not groups or groups[0] is None:
@@ -317,6 +317,12 @@ def _keep_schedulers(optimizer: OnWorkers) -> None:
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     vars(optimizer)["step"] = step
+
+
+def _may_leave(weight: Tensor) -> bool:
+    """Whether nobody but the optimizer waits for its gradient."""
+    hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
+    return type(weight) is nn.Parameter and weight.requires_grad and not hooks
 
 
 def _kept(kind: Kind, group: Group) -> Sequence[str]:
