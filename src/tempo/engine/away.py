@@ -27,7 +27,7 @@ _ATTRIBUTES = (
 )  # fmt: skip
 _METHODS = (
     "dim", "size", "numel", "nelement", "ndimension", "is_inference", "element_size", "is_floating_point", "is_complex",
-    "is_signed", "type", "get_device", "stride", "is_contiguous", "is_same_size", "requires_grad_", "__len__",
+    "is_signed", "get_device", "stride", "is_contiguous", "is_same_size", "requires_grad_", "__len__",
     "__hash__", "has_names", "storage_offset",
 )  # fmt: skip
 
