@@ -107,11 +107,6 @@ def follow_state(module: nn.Module) -> list[RemovableHandle]:
     return [module.register_state_dict_pre_hook(recall), module.register_load_state_dict_pre_hook(make_way)]
 
 
-def changed(parameter: Tensor) -> None:
-    """Note a change of values elsewhere, so that graphs that were built on those before refuse to be used."""
-    torch.autograd.graph.increment_version(parameter)
-
-
 def _flat(args: Any, kwargs: Any) -> list[Any]:
     flat, _ = torch.utils._pytree.tree_flatten((args, kwargs))
     return flat

@@ -14,7 +14,7 @@ from tempo.engine.call import Call, Gradients
 from tempo.engine.dtypes import WIRE_DTYPES
 from tempo.engine.fingerprint import Fingerprint
 from tempo.engine.geometry import flops
-from tempo.engine.residence import Residence
+from tempo.engine.residence import Residence, Terms
 from tempo.engine.stored import StoredWeight
 from tempo.engine.update_cost import update_cost
 from tempo.errors import NonFiniteError, WorkerError
@@ -25,7 +25,6 @@ from tempo.worker.update import states
 
 if TYPE_CHECKING:
     from tempo.engine.engine import Engine
-    from tempo.engine.residence import Terms
 
 
 class Product:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tempo.engine.away import bring_back, changed, put_away, residence_of
+from tempo.engine.away import bring_back, put_away, residence_of
 from tempo.engine.stored import StoredWeight
 from tempo.errors import SchemeError, WeightsLostError, WorkerError
 from tempo.schemes.base import Operand, Target, UpdatableWeight
@@ -172,7 +172,7 @@ class Residence:
         self.steps += 1
         self.gradient, self.scale = False, 1.0
         for parameter in self.parameters:
-            changed(parameter)
+            torch.autograd.graph.increment_version(parameter)  # graphs built on what it was refuse to be used
         engine.weights_changed()
 
     def norm(self) -> float:

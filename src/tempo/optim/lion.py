@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from tempo.optim.stepping import step_here
 from tempo.wire import messages
-from tempo.worker.update import apply
 
 
 @final
@@ -42,25 +41,9 @@ class Lion(Optimizer):
             raise ValueError(f"weight_decay is {weight_decay}; it must not be negative")
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on every parameter that has a gradient.
-
-        Args:
-            closure: Computes the loss and the gradients anew.
-
-        Returns:
-            What ``closure`` returned, or None.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    apply(rule(group), p, p.grad, self.state[p])
-        return loss
+        """One step, as `step_here`."""
+        return step_here(self, lambda group, _: rule(group), closure)
 
 
 def rule(group: Mapping[str, Any]) -> messages.Lion:

@@ -8,8 +8,8 @@ from typing import Any, final
 
 import torch
 
+from tempo.optim.stepping import step_here
 from tempo.wire import messages
-from tempo.worker.update import apply
 
 
 @final
@@ -22,25 +22,9 @@ class Muon(torch.optim.Muon):
     Arguments, errors and states are those of `torch.optim.Muon`.
     """
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on every parameter that has a gradient.
-
-        Args:
-            closure: Computes the loss and the gradients anew.
-
-        Returns:
-            What ``closure`` returned, or None.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    apply(rule(group, p.shape), p, p.grad, self.state[p])
-        return loss
+        """One step, as `step_here`."""
+        return step_here(self, lambda group, p: rule(group, p.shape), closure)
 
 
 def rule(group: Mapping[str, Any], shape: Sequence[int]) -> messages.Muon:

@@ -20,6 +20,7 @@ from tempo.engine.residence import Residence, Terms
 from tempo.engine.update_cost import update_cost
 from tempo.errors import ProtectionWarning, UpdateError
 from tempo.optim.rules import KINDS, Group, Kind, names
+from tempo.optim.stepping import evaluated
 from tempo.schemes.base import Scheme
 from tempo.wire.messages import Rule
 from tempo.worker.update import states
@@ -189,10 +190,7 @@ class OnWorkers(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, of the weights on workers and of those here."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for residence in self._tempo_residences():
             residence.update()
         with self._tempo_here():

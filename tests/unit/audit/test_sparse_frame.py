@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tempo.audit.attack import Evidence, NotApplicable
-from tempo.audit.attacks.sparse_frame import SparseFrame, purity, single, targets, undo
+from tempo.audit.attacks.sparse_frame import SparseFrame, luckiest, purity, single, targets, undo
 from tempo.audit.controls import basecase
 from tempo.audit.controls.weak import small_mix
 from tempo.audit.knowledge import Knowledge
@@ -31,15 +31,15 @@ def test_dense_masks_hold():
 
 
 def test_layers_that_share_an_input_are_attacked_together():
-    errors = []
-    while not errors or (errors[-1] > 0.6 and len(errors) < 3):  # masks are of different luck
-        inputs = torch.randn(64, 4, 64)
-        evidence = basecase.record(basecase.Attention(64, 64), drift=0.02, masks=small_mix(8), inputs=inputs, steps=3)
-        stacked = [pair for pair in targets(evidence.view, evidence.knowledge, "full") if len(pair[0].w) == 192]
-        guess = undo(*stacked[0])
-        assert guess.name == "query.weight + key.weight + value.weight"
-        errors.append(basecase.scored(guess, evidence.truth).error)
-    assert errors[-1] < 0.6, errors
+    base = basecase.Attention(64, 64)
+    inputs = torch.randn(64, 4, 64)
+    evidence = basecase.record(base, drift=0.02, masks=small_mix(8), inputs=inputs, steps=4)
+    stacked = [pair for pair in targets(evidence.view, evidence.knowledge, "full") if len(pair[0].w) == 192]
+    guess = luckiest(evidence.view, *stacked[0], undo)
+    assert guess.name == "query.weight + key.weight + value.weight"
+    error = basecase.scored(guess, evidence.truth).error
+    assert error is not None
+    assert error < 0.6
 
 
 def test_convolutions_fall_by_all_their_taps():

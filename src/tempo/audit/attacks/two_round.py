@@ -13,7 +13,18 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tempo.audit.attack import Attack, Control, Effort, NotApplicable, Outcome
-from tempo.audit.attacks.sparse_frame import DRIFTS, Framed, FrameGuess, begin, guess, mask_figures, single, targets
+from tempo.audit.attacks.sparse_frame import (
+    DRIFTS,
+    TRIES,
+    Framed,
+    FrameGuess,
+    begin,
+    guess,
+    luckiest,
+    mask_figures,
+    single,
+    targets,
+)
 from tempo.audit.controls import basecase
 from tempo.audit.controls.weak import small_mix
 from tempo.audit.knowledge import Knowledge
@@ -24,12 +35,6 @@ from tempo.audit.truth import Truth
 
 BLOCKS = (16, 32)
 """Sides of blocks to try."""
-
-TRIES = 3
-"""Calls to attack at the most: one in fifteen fails."""
-
-SOLVED = 0.03
-"""A guess that is no further from the public weight than this, relatively, needs no second; wrong ones were at 0.08."""
 
 
 class TwoRound(Attack):
@@ -52,7 +57,7 @@ class TwoRound(Attack):
         if not square:
             raise NotApplicable("no weight in this transcript has as many outputs as inputs")
         chosen = square[:1] if effort == "quick" else square
-        guesses = [solve(view, call, candidates) for call, candidates in chosen]
+        guesses = [luckiest(view, call, candidates, undo) for call, candidates in chosen]
         return Framed(guesses, DRIFTS if effort == "full" else ())
 
     def score(self, recovered: Framed, view: View, truth: Truth) -> Outcome:
@@ -69,17 +74,6 @@ class TwoRound(Attack):
         return Control(
             evidence, "delta error", 0.65, "ours: √((d+m)(s−1)/(dm)) gives 0.48; blocks of 32 at width 384 give 0.40"
         )
-
-
-def solve(view: View, newest: Call, candidates: Mapping[str, Tensor]) -> FrameGuess:
-    """Solve for the masks of one call, or of one before it where that does not give in: masks are of different luck."""
-    best = undo(newest, candidates)
-    others = {call.weight: call for call in view.of(newest.layer) if call.weight != newest.weight}
-    for call in list(others.values())[-TRIES + 1 :]:
-        if best.solution.residual < SOLVED:
-            break
-        best = min(best, undo(call, candidates), key=lambda found: found.solution.residual)
-    return best
 
 
 def undo(call: Call, candidates: Mapping[str, Tensor]) -> FrameGuess:
