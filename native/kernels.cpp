@@ -1,0 +1,14 @@
+// All kernels for one instruction set, TEMPO_ISA.
+#include "table.h"
+
+#define TEMPO_STRING(x) #x
+#define TEMPO_NAME(x) TEMPO_STRING(x)
+
+namespace tempo::TEMPO_ISA {
+
+const Table &table() {
+    static const Table found{TEMPO_NAME(TEMPO_ISA)};
+    return found;
+}
+
+}  // namespace tempo::TEMPO_ISA

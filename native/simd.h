@@ -1,0 +1,145 @@
+// Vectors of floats of this instruction set's width, and the little that is done with them everywhere.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace tempo::TEMPO_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+
+// The compiler splits these where registers are shorter.
+typedef float Vector __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
+
+inline Vector load(const float *from) {
+    Vector v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+inline void store(float *to, Vector v) { std::memcpy(to, &v, sizeof v); }
+
+inline Vector broadcast(float value) { return value - Vector{}; }
+
+// Past the caches, where `to` is aligned for it: for what is larger than they are, and not read again soon.
+inline void stream(float *to, Vector v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(to, (__m256)v);
+#else
+    store(to, v);
+#endif
+}
+
+// Makes streamed stores visible in order; to be called once after the last.
+inline void fence() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
+// bfloat16 is the upper half of a float; rounds to nearest, ties to even, as PyTorch does.
+inline Vector load(const uint16_t *from) {
+    typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
+    Half half;
+    std::memcpy(&half, from, sizeof half);
+    Integers wide = __builtin_convertvector(half, Integers) << 16;
+    return (Vector)wide;
+}
+
+inline void store(uint16_t *to, Vector v) {
+    typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
+    Integers bits = (Integers)v;
+    Integers rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    Integers nan = (Integers)(v != v);
+    Half half = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Half);
+    std::memcpy(to, &half, sizeof half);
+}
+
+inline float widen(uint16_t half) {
+    uint32_t bits = uint32_t(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline float widen(float value) { return value; }
+
+inline void narrow(float value, float *to) { *to = value; }
+inline void narrow(float value, uint16_t *to) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    *to = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float sum(Vector v) {
+    float total = 0;
+    for (int i = 0; i < kLanes; ++i) total += v[i];
+    return total;
+}
+
+// Rows become columns, in registers.
+#if defined(__AVX512F__)
+inline void transpose(Vector (&v)[16]) {
+    Vector t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = (Vector)_mm512_unpacklo_ps((__m512)v[i], (__m512)v[i + 1]);
+        t[i + 1] = (Vector)_mm512_unpackhi_ps((__m512)v[i], (__m512)v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        __m512d a = (__m512d)t[i], b = (__m512d)t[i + 1], c = (__m512d)t[i + 2], d = (__m512d)t[i + 3];
+        v[i] = (Vector)_mm512_unpacklo_pd(a, c);
+        v[i + 1] = (Vector)_mm512_unpackhi_pd(a, c);
+        v[i + 2] = (Vector)_mm512_unpacklo_pd(b, d);
+        v[i + 3] = (Vector)_mm512_unpackhi_pd(b, d);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = (Vector)_mm512_shuffle_f32x4((__m512)v[i], (__m512)v[i + 4], 0x88);
+        t[i + 4] = (Vector)_mm512_shuffle_f32x4((__m512)v[i], (__m512)v[i + 4], 0xdd);
+        t[i + 8] = (Vector)_mm512_shuffle_f32x4((__m512)v[i + 8], (__m512)v[i + 12], 0x88);
+        t[i + 12] = (Vector)_mm512_shuffle_f32x4((__m512)v[i + 8], (__m512)v[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+        v[i] = (Vector)_mm512_shuffle_f32x4((__m512)t[i], (__m512)t[i + 8], 0x88);
+        v[i + 4] = (Vector)_mm512_shuffle_f32x4((__m512)t[i + 4], (__m512)t[i + 12], 0x88);
+        v[i + 8] = (Vector)_mm512_shuffle_f32x4((__m512)t[i], (__m512)t[i + 8], 0xdd);
+        v[i + 12] = (Vector)_mm512_shuffle_f32x4((__m512)t[i + 4], (__m512)t[i + 12], 0xdd);
+    }
+}
+#elif defined(__AVX2__)
+inline void transpose(Vector (&v)[8]) {
+    __m256 t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps((__m256)v[i], (__m256)v[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        v[i] = (Vector)_mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+        v[i + 4] = (Vector)_mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+    }
+}
+#else
+inline void transpose(Vector (&v)[8]) {
+    float rows[8][8];
+    std::memcpy(rows, v, sizeof rows);
+    for (int i = 0; i < 8; ++i)
+        for (int j = 0; j < 8; ++j) v[i][j] = rows[j][i];
+}
+#endif
+
+}  // namespace tempo::TEMPO_ISA

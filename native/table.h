@@ -1,0 +1,20 @@
+// What every instruction set provides: `kernels.cpp` is compiled once for each and fills one table.
+#pragma once
+
+#include <cstdint>
+
+namespace tempo {
+
+struct Table {
+    const char *name;
+};
+
+#define TEMPO_FOR_EACH_ISA(apply) apply(generic) apply(avx2) apply(avx512)
+#define TEMPO_DECLARE(isa) \
+    namespace isa {        \
+    const Table &table();  \
+    }
+TEMPO_FOR_EACH_ISA(TEMPO_DECLARE)
+#undef TEMPO_DECLARE
+
+}  // namespace tempo

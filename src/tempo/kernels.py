@@ -1,0 +1,67 @@
+"""Native kernels, if this installation has them: where they are not, or cannot do what is asked, PyTorch does it.
+
+``TEMPO_KERNELS`` in the environment chooses: ``torch`` for none, or one of `available` instead of the best.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Final
+
+from tempo.errors import SettingsError
+
+try:
+    from tempo import _kernels
+except ImportError:  # installed without a compiler
+    _kernels = None  # type: ignore[assignment]
+
+TORCH: Final = "torch"
+_chosen = os.environ.get("TEMPO_KERNELS", "") or None
+
+
+def available() -> list[str]:
+    """Instruction sets of this processor that there are kernels for, best first, and ``torch``."""
+    return [*(_kernels.supported() if _kernels is not None else ()), TORCH]
+
+
+def native() -> ModuleType | None:
+    """The kernels to use, or None: use PyTorch."""
+    return None if _chosen == TORCH else _kernels
+
+
+def selected() -> str:
+    """Which of `available` is in use."""
+    found = native()
+    return TORCH if found is None else str(found.selected())
+
+
+def select(name: str) -> None:
+    """Use ``name``, one of `available`, in this process from now on.
+
+    Raises:
+        SettingsError: It is not available.
+    """
+    global _chosen
+    if name not in available():
+        raise SettingsError(f"TEMPO_KERNELS={name!r}: here there are {', '.join(available())}")
+    if name != TORCH and _kernels is not None:
+        _kernels.select(name)
+    _chosen = name
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """`select` for a while."""
+    before = selected()
+    select(name)
+    try:
+        yield
+    finally:
+        select(before)
+
+
+if _chosen is not None:
+    select(_chosen)
