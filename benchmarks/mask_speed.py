@@ -106,7 +106,7 @@ def masks_alone(rows: int, features: int) -> None:
             masks.encode("x", x, out)
             encoded = time.thread_time()
             # `dx` leaves the workers under the inverse transposes of what `x` went out under: the same work.
-            masks.decode("dx", out, back)
+            masks.decode("dx", out, [back])
             decoded = time.thread_time()
             for name, took in (("draw", drawn - start), ("encode", encoded - drawn), ("decode", decoded - encoded)):
                 times[kind][name].append(took)

@@ -1,13 +1,18 @@
 // All kernels for one instruction set, TEMPO_ISA.
 #include "table.h"
 
+#include "sandwich.h"
+
 #define TEMPO_STRING(x) #x
 #define TEMPO_NAME(x) TEMPO_STRING(x)
 
 namespace tempo::TEMPO_ISA {
 
 const Table &table() {
-    static const Table found{TEMPO_NAME(TEMPO_ISA)};
+    static const Table found{
+        .name = TEMPO_NAME(TEMPO_ISA),
+        .sandwich = sandwich,
+    };
     return found;
 }
 

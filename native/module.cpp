@@ -1,15 +1,7 @@
-// The Python side of the kernels: checks what it is given, lets go of the interpreter, calls the chosen table.
-#include <nanobind/nanobind.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
-
+// The Python side of the kernels: each binding checks what it is given, lets go of the interpreter, calls the table.
 #include <stdexcept>
-#include <string>
-#include <vector>
 
-#include "table.h"
-
-namespace nb = nanobind;
+#include "bind.h"
 
 namespace {
 
@@ -19,8 +11,7 @@ std::vector<const Table *> supported() {
     std::vector<const Table *> found;
 #if defined(TEMPO_HAS_avx512)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("f16c"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c"))
         found.push_back(&tempo::avx512::table());
 #endif
 #if defined(TEMPO_HAS_avx2)
@@ -31,12 +22,10 @@ std::vector<const Table *> supported() {
     return found;
 }
 
-const Table *active = supported().front();
-
 void choose(const std::string &name) {
     for (const Table *table : supported())
         if (name == table->name) {
-            active = table;
+            tempo::active = table;
             return;
         }
     throw std::invalid_argument("this processor, or this build, has no kernels for " + name);
@@ -44,12 +33,15 @@ void choose(const std::string &name) {
 
 }  // namespace
 
+const Table *tempo::active = supported().front();
+
 NB_MODULE(_kernels, m) {
     m.def("supported", [] {
         std::vector<std::string> names;
         for (const Table *table : supported()) names.emplace_back(table->name);
         return names;
     });
-    m.def("selected", [] { return std::string(active->name); });
+    m.def("selected", [] { return std::string(tempo::active->name); });
     m.def("select", &choose);
+    tempo::bind_sandwich(m);
 }

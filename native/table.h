@@ -1,12 +1,13 @@
 // What every instruction set provides: `kernels.cpp` is compiled once for each and fills one table.
 #pragma once
 
-#include <cstdint>
+#include "sandwich_types.h"
 
 namespace tempo {
 
 struct Table {
     const char *name;
+    void (*sandwich)(const Sandwich &);
 };
 
 #define TEMPO_FOR_EACH_ISA(apply) apply(generic) apply(avx2) apply(avx512)

@@ -45,7 +45,7 @@ def mask(features: int, block: int, rounds: int, keys: KeySchedule) -> Tensor:
     """A mask of the scheme, dense."""
     operator = draw_blocks(keys.fresh(0, "w").stream("A"), features, block, rounds, 1.0).operator(Form.PLAIN)
     matrix = torch.empty(features, features, dtype=torch.float64)
-    sandwich(torch.eye(features, dtype=torch.float64), operator, None, matrix)
+    sandwich(torch.eye(features, dtype=torch.float64), operator, None, [matrix])
     return matrix
 
 

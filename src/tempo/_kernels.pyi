@@ -1,5 +1,20 @@
-# What `native/module.cpp` provides.
+# What `native/module.cpp` provides. Arguments that do not fit raise ValueError or TypeError.
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+_Operator = tuple[list[Tensor], Tensor | None, list[list[Tensor]]]
+"""Gathers (int32), scales (float32), and for every round its batches of blocks (float32)."""
 
 def supported() -> list[str]: ...
 def selected() -> str: ...
 def select(name: str) -> None: ...
+def sandwich(
+    x: Tensor,
+    rows: _Operator | None,
+    columns: _Operator | None,
+    outs: Sequence[Tensor],
+    axis: int,
+    biases: Sequence[Tensor | None],
+) -> None: ...

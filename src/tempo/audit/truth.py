@@ -63,7 +63,7 @@ class CallTruth:
         if operator is None:
             return torch.eye(self._size(which), dtype=torch.float64)
         matrix = torch.empty(operator.size, operator.size, dtype=torch.float64)
-        sandwich(torch.eye(operator.size, dtype=torch.float64), operator, None, matrix)
+        sandwich(torch.eye(operator.size, dtype=torch.float64), operator, None, [matrix])
         return matrix
 
     def _size(self, which: Which) -> int:
@@ -73,7 +73,7 @@ class CallTruth:
 def unmasked(behind: CallTruth, w_masked: Tensor) -> Tensor:
     """``w`` of ``w~``, by masks and cloak, to within its own rounding."""
     w = torch.empty(w_masked.shape, dtype=torch.float64)
-    Masks(A=behind.mask("A"), P=behind.mask("P")).decode("w", w_masked.double(), w)
+    Masks(A=behind.mask("A"), P=behind.mask("P")).decode("w", w_masked.double(), [w])
     if (u := behind.get("cloak_u")) is not None:
         w -= u.double() @ behind["cloak_v"].double()
     return w.to(w_masked.dtype)

@@ -13,6 +13,7 @@ the paper (Tempo, Xu & Fang, arXiv 2401.11531, section IV), and ``x~`` and ``w~`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from tempo.keys import Keystream
 from tempo.schemes import haar
-from tempo.schemes.block_sandwich import block_sandwich
 from tempo.schemes.operators import Blocks, Gather, Operator, inverse_index
 from tempo.schemes.sandwich import sandwich
 
@@ -204,42 +204,17 @@ class Masks:
     def encode(self, role: Role, plain: Tensor, out: Tensor) -> None:
         """Write the masked form of ``plain`` into ``out``, converting to its dtype."""
         rows, row_form, columns, column_form = _FORMS[role]
-        sandwich(plain, getattr(self, rows).operator(row_form), getattr(self, columns).operator(column_form), out)
+        sandwich(plain, getattr(self, rows).operator(row_form), getattr(self, columns).operator(column_form), [out])
 
-    def decode(self, role: Role, masked: Tensor, *outs: Tensor) -> None:
-        """Write the plain form of ``masked`` into ``outs``: all of it, or consecutive pieces by output features."""
+    def decode(
+        self, role: Role, masked: Tensor, outs: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None
+    ) -> None:
+        """Write the plain form of ``masked`` into ``outs``: consecutive pieces by output features, plus ``biases``."""
         row_mask, row_form, column_mask, column_form = _FORMS[role]
         rows: Operator | None = getattr(self, row_mask).operator(row_form.undo)
         columns: Operator | None = getattr(self, column_mask).operator(column_form.undo)
-        if len(outs) == 1:
-            sandwich(masked, rows, columns, outs[0])
-            return
-        axis = 1 if role == "y" else 0
-        # Blocks span the pieces: the whole is unmasked once, chunk by chunk straight into the pieces of its rows.
-        blocks = any(operator is not None and operator.blocks for operator in (rows, columns))
-        if blocks and axis == 1:
-            block_sandwich(masked, rows, columns, outs)
-            return
-        if blocks:
-            whole = torch.empty(masked.shape, dtype=outs[0].dtype)
-            sandwich(masked, rows, columns, whole)
-            for out, piece in zip(outs, whole.split([len(out) for out in outs]), strict=True):
-                out.copy_(piece)
-            return
-        start = 0
-        for out in outs:
-            which = slice(start, start + out.shape[axis])
-            start = which.stop
-            across = columns if axis else rows
-            part = None if across is None else Operator((_part(across.gathers[0], which),))
-            piece = masked.narrow(axis, which.start, out.shape[axis]) if across is None else masked
-            sandwich(piece, *((rows, part) if axis else (part, columns)), out)
+        sandwich(masked, rows, columns, outs, 0 if role == "dw" else 1, biases)
 
 
 def _unsigned(mask: Mask) -> Mask:
     return Mask(tuple(Gather(gather.index) for gather in mask.gathers), mask.blocks, mask.inverses)
-
-
-def _part(gather: Gather, which: slice) -> Gather:
-    """The rows ``which`` of a gather."""
-    return Gather(gather.index[which], None if gather.scale is None else gather.scale[which])

@@ -15,6 +15,10 @@ class Gather:
     index: Tensor
     scale: Tensor | None = None
 
+    def part(self, which: slice) -> Gather:
+        """Only ``which`` of what it gives."""
+        return Gather(self.index[which], None if self.scale is None else self.scale[which])
+
 
 @dataclass(frozen=True)
 class Blocks:

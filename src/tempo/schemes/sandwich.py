@@ -1,32 +1,127 @@
-"""Applies an operator to the rows and one to the columns of a tensor, in one pass over memory where possible."""
+"""Applies an operator to the rows and one to the columns of a tensor: in one pass over memory by the native kernels."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from tempo import kernels
 from tempo.schemes.block_sandwich import block_sandwich
 from tempo.schemes.operators import Gather, Operator, work_dtype
 
 _CHUNK = 1 << 18
 """Elements handled at a time, so that the passes of one chunk stay in the second-level cache."""
 
+_NATIVE: Final = (torch.float32, torch.bfloat16)
 
-def sandwich(x: Tensor, rows: Operator | None, columns: Operator | None, out: Tensor) -> None:
-    """Write ``rows · x · columnsᵀ`` into ``out``, at every position of further axes; None is the identity.
+
+def sandwich(
+    x: Tensor,
+    rows: Operator | None,
+    columns: Operator | None,
+    outs: Sequence[Tensor],
+    axis: int = 1,
+    biases: Sequence[Tensor | None] | None = None,
+) -> None:
+    """Write ``rows · x · columnsᵀ``, at every position of further axes; None is the identity.
 
     Where ``x`` is a grouped convolution's weight, axis 1 counts channels within a group, and ``columns`` spans all
     groups: row ``i`` then uses the columns of its own group.
+
+    Args:
+        x: Rows first, columns second.
+        rows: Applies to axis 0.
+        columns: Applies to axis 1.
+        outs: Where to write: consecutive pieces of the result along ``axis``.
+        axis: 0 or 1.
+        biases: What to add to every row of each piece, one number for each of its columns; None: nothing.
     """
-    if out.numel() == 0:
+    if all(out.numel() == 0 for out in outs):
         return
-    if rows is None and columns is None:
-        out.copy_(x)
-    elif any(operator is not None and operator.blocks for operator in (rows, columns)):
-        block_sandwich(x, rows, columns, [out])
+    biases = biases or [None] * len(outs)
+    native = kernels.native()
+    if native is not None and _in_kernel(native, x, rows, columns, outs, axis, biases):
+        return
+    if axis == 0 and len(outs) > 1:
+        whole = torch.empty(sum(len(out) for out in outs), *x.shape[1:], dtype=outs[0].dtype)
+        _in_torch(x, rows, columns, [whole])
+        for out, piece in zip(outs, whole.split([len(out) for out in outs]), strict=True):
+            out.copy_(piece)
     else:
-        row, column = (None if operator is None else operator.gathers[0] for operator in (rows, columns))
-        (_gather_matrix if x.dim() == 2 else _gather_planes)(x, row, column, out)
+        _in_torch(x, rows, columns, outs)
+    for out, bias in zip(outs, biases, strict=True):
+        if bias is not None:
+            out += bias.to(out.dtype).view(-1, *[1] * (out.dim() - 2))
+
+
+def _in_kernel(
+    native: ModuleType,
+    x: Tensor,
+    rows: Operator | None,
+    columns: Operator | None,
+    outs: Sequence[Tensor],
+    axis: int,
+    biases: Sequence[Tensor | None],
+) -> bool:
+    """Have the native kernel do it, where it can: matrices, or channels that lie side by side in memory."""
+    if columns is not None and columns.size != x.shape[1]:
+        return False
+    tensors = [x, *outs]
+    if any(t.dtype not in _NATIVE or not t.is_cpu for t in tensors):
+        return False
+    batches = [_batch(t) for t in tensors]
+    found = [batch for batch in batches if batch is not None]
+    if len(found) < len(batches):
+        return False
+    numbers = [None if bias is None else bias.detach().to(torch.float32).contiguous() for bias in biases]
+    native.sandwich(found[0], _arrays(rows), _arrays(columns), found[1:], axis, numbers)
+    return True
+
+
+def _batch(t: Tensor) -> Tensor | None:
+    """``t`` as positions × rows × columns with columns side by side in memory, without a copy; else None."""
+    t = t.detach()
+    if t.dim() == 2:
+        return t.unsqueeze(0) if t.stride(1) == 1 or t.shape[1] == 1 else None
+    rows = t.movedim(1, -1)
+    if not rows.is_contiguous():
+        return None
+    return rows.reshape(len(t), -1, t.shape[1]).transpose(0, 1)
+
+
+def _arrays(operator: Operator | None) -> tuple[list[Tensor], Tensor | None, list[list[Tensor]]] | None:
+    """An operator as the kernel takes it."""
+    if operator is None:
+        return None
+    single = operator.to(torch.float32)
+    return (
+        [gather.index for gather in single.gathers],
+        single.gathers[0].scale,
+        [list(blocks.batches) for blocks in single.blocks],
+    )
+
+
+def _in_torch(x: Tensor, rows: Operator | None, columns: Operator | None, outs: Sequence[Tensor]) -> None:
+    """The same without kernels; pieces along axis 1."""
+    if any(operator is not None and operator.blocks for operator in (rows, columns)):
+        block_sandwich(x, rows, columns, outs)
+        return
+    row, column = (None if operator is None else operator.gathers[0] for operator in (rows, columns))
+    gather = _gather_matrix if x.dim() == 2 else _gather_planes
+    start = 0
+    for out in outs:
+        which = slice(start, start + out.shape[1])
+        start = which.stop
+        whole = len(outs) == 1
+        piece = x if whole or column is not None else x[:, which]
+        if row is None and column is None:
+            out.copy_(piece)
+        else:
+            gather(piece, row, column if whole or column is None else column.part(which), out)
 
 
 def _scale(gather: Gather, dtype: torch.dtype) -> Tensor:

@@ -155,7 +155,7 @@ class MaskedWeight(UpdatableWeight):
         """Unmask, and take off what lies on it by now."""
         plain = torch.empty(masked.shape, dtype=masked.dtype)
         masks = self.masks.unsigned() if name in SQUARES else self.masks
-        masks.decode("w" if name == "w" else "dw", masked, plain)
+        masks.decode("w" if name == "w" else "dw", masked, [plain])
         cloak = self._cloak_on(name)
         if cloak is not None:
             cloak.uncover(plain)
@@ -244,10 +244,10 @@ class MaskedInput(EncodedInput):
         for worker, part in self.parts.items():
             pieces = [output[part.rows] for output in outputs]
             if part.plain:
-                part.masks.decode("y", replies[worker], *pieces)
+                part.masks.decode("y", replies[worker], pieces)
                 continue
             whole = _room(pieces, replies[worker])
-            part.masks.decode("y", replies[worker], whole)
+            part.masks.decode("y", replies[worker], [whole])
             y = whole[: part.cover.real]
             if self.cloak is not None and part.seen_by_cloak is not None:
                 self.cloak.uncover_output(y, part.seen_by_cloak)
@@ -306,11 +306,11 @@ class MaskedGradient(EncodedGradient):
         dx = torch.empty(source.shape, dtype=source.dtype)
         for worker, part in self.parts.items():
             if part.plain:
-                part.masks.decode("dx", replies[worker], dx[part.rows])
+                part.masks.decode("dx", replies[worker], [dx[part.rows]])
                 continue
             place = dx[part.rows]
             whole = _room([place], replies[worker])
-            part.masks.decode("dx", replies[worker], whole)
+            part.masks.decode("dx", replies[worker], [whole])
             real = whole[: part.cover.real]
             if source.cloak is not None and part.seen_by_cloak is not None:
                 source.cloak.uncover_input_gradient(real, part.seen_by_cloak)
@@ -331,10 +331,10 @@ class MaskedGradient(EncodedGradient):
                 total = total + other
         if not self.extra.needed:
             gradients = [torch.empty(size, *total.shape[1:], dtype=dtype) for size in sizes]
-            masks.decode("dw", total, *gradients)
+            masks.decode("dw", total, gradients)
             return gradients
         whole = torch.empty(total.shape, dtype=torch.promote_types(dtype, torch.float32))
-        masks.decode("dw", total, whole)
+        masks.decode("dw", total, [whole])
         self.extra.take_off(whole)
         return [part.to(dtype, copy=len(sizes) > 1) for part in whole.split(list(sizes))]
 

@@ -212,8 +212,8 @@ class Sketch:
         known = self._unmasked
         if known is None or known[0] is not masks.A or known[1] is not masks.P:
             features, r, v = Masks(A=masks.A, P=masks.P), torch.empty_like(self._r[0]), torch.empty_like(self._v[0])
-            features.decode("y", self._r[0], r)
-            features.decode("dx", self._v[0], v)
+            features.decode("y", self._r[0], [r])
+            features.decode("dx", self._v[0], [v])
             known = self._unmasked = masks.A, masks.P, r.to(self.check.work), v.to(self.check.work)
         return known[2:]
 

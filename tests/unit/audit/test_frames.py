@@ -16,7 +16,7 @@ from tempo.schemes.sandwich import sandwich
 def mask(features: int, block: int, rounds: int = 1) -> Tensor:
     operator = draw_blocks(KeySchedule().fresh(0, "w").stream("A"), features, block, rounds, 1.0).operator(Form.PLAIN)
     matrix = torch.empty(features, features, dtype=torch.float64)
-    sandwich(torch.eye(features, dtype=torch.float64), operator, None, matrix)
+    sandwich(torch.eye(features, dtype=torch.float64), operator, None, [matrix])
     return matrix
 
 

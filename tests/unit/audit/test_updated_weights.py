@@ -42,7 +42,7 @@ def test_the_truth_and_the_gradient_of_every_call_are_known_as_under_trusted_upd
             torch.testing.assert_close(behind[name], plain[name], rtol=1e-4, atol=1e-5)
         assert "dw" not in call.backward.tensors
         dw = torch.empty(call.w.shape)
-        Masks(A=behind.mask("A"), P=behind.mask("P")).decode("dw", call.dw, dw)
+        Masks(A=behind.mask("A"), P=behind.mask("P")).decode("dw", call.dw, [dw])
         torch.testing.assert_close(dw, behind["g"].T @ behind["x"], rtol=1e-4, atol=1e-5)
 
 

@@ -72,7 +72,7 @@ def test_both_sides_of_a_sandwich_are_the_matrices(rows, columns, kind, spatial,
     x = torch.randn(rows, columns, *spatial, dtype=DOUBLE)
     for row, column in ((left, right), (left, None), (None, right)):
         out = torch.empty_like(x)
-        sandwich(x, row, column, out)
+        sandwich(x, row, column, [out])
         assert relative(out, torch.einsum("ir,jc,rc...->ij...", dense(row, rows), dense(column, columns), x)) < 1e-13
 
 
@@ -84,7 +84,7 @@ def test_the_two_sides_may_be_of_different_kinds(rows, columns, left_kind, right
     )
     x = torch.randn(rows, columns, *spatial, dtype=DOUBLE)
     out = torch.empty_like(x)
-    sandwich(x, left, right, out)
+    sandwich(x, left, right, [out])
     assert relative(out, torch.einsum("ir,jc,rc...->ij...", dense(left, rows), dense(right, columns), x)) < 1e-13
 
 
@@ -116,7 +116,7 @@ def test_decode_inverts_encode(rows, columns, kind, role):
     plain = torch.randn(rows, columns, dtype=DOUBLE)
     masked, back = torch.empty_like(plain), torch.empty_like(plain)
     masks.encode(role, plain, masked)
-    masks.decode(role, masked, back)
+    masks.decode(role, masked, [back])
     assert relative(back, plain) < 1e-13
 
 
@@ -138,7 +138,7 @@ def test_products_of_masked_operands_are_masked_products(rows, inputs, outputs, 
     norms = {"y": x.norm() * w.norm(), "dx": g.norm() * w.norm(), "dw": g.norm() * x.norm()}
     for role, (answer, plain) in answers.items():
         back = torch.empty_like(plain)
-        masks.decode(role, answer, back)
+        masks.decode(role, answer, [back])
         assert (back - plain).norm() <= 1e-13 * norms[role]
 
 
@@ -152,7 +152,7 @@ def test_pieces_by_output_features_are_decoded_into_place(rows, sizes, kind):
             masked = torch.empty_like(plain)
             masks.encode(role, plain, masked)
             pieces = [torch.empty_like(piece) for piece in plain.split(sizes, axis)]
-            masks.decode(role, masked, *pieces)
+            masks.decode(role, masked, pieces)
             assert relative(torch.cat(pieces, axis), plain) < 1e-13
 
 
@@ -185,11 +185,11 @@ def test_grouped_convolutions_of_masked_operands_are_masked_convolutions(groups,
     masks.encode("w", w, w_masked)
     y = torch.conv1d(x, w, groups=groups)
     back = torch.empty_like(y)
-    masks.decode("y", torch.conv1d(x_masked, w_masked, groups=groups), back)
+    masks.decode("y", torch.conv1d(x_masked, w_masked, groups=groups), [back])
     assert (back - y).norm() <= 1e-13 * x.norm() * w.norm()
     dw_masked, dw = torch.empty_like(w), torch.empty_like(w)
     masks.encode("dw", w, dw_masked)
-    masks.decode("dw", dw_masked, dw)
+    masks.decode("dw", dw_masked, [dw])
     assert relative(dw, w) < 1e-13
 
 
@@ -198,7 +198,7 @@ def test_empty_and_tiny_tensors(shape):
     x = torch.randn(shape, dtype=DOUBLE)
     out = torch.empty_like(x)
     rows, columns = (fresh(size).operator(Form.PLAIN) if size else None for size in shape[:2])
-    sandwich(x, rows, columns, out)
+    sandwich(x, rows, columns, [out])
     assert torch.isfinite(out).all()
     assert out.count_nonzero() == x.numel()
 
@@ -214,8 +214,8 @@ def test_values_are_rounded_once_into_the_wire_dtype(rows, columns, kind):
     assert torch.equal(wide.to(torch.bfloat16), narrow)
     # And the way back starts from the rounded values.
     back, expected = torch.empty(rows, columns), torch.empty(rows, columns)
-    masks.decode("dx", narrow, back)
-    masks.decode("dx", narrow.float(), expected)
+    masks.decode("dx", narrow, [back])
+    masks.decode("dx", narrow.float(), [expected])
     assert torch.equal(back, expected)
 
 

@@ -64,7 +64,7 @@ class Job:
         self.A, self.P = mask(kind, d), mask(kind, m)
         self.w = self.masked("w", self.randn(m, d) / d**0.5)
         self.plain = torch.empty(m, d, dtype=torch.float64)
-        Masks(A=self.A, P=self.P).decode("w", self.w.double(), self.plain)
+        Masks(A=self.A, P=self.P).decode("w", self.w.double(), [self.plain])
         self.gradient: Tensor | None = None
         self.plain_gradient = torch.zeros_like(self.plain)
         self.state: dict[str, Tensor] = {}

@@ -185,7 +185,7 @@ def _heaviest(mask: Mask, form: Form, size: int) -> Tensor:
         return torch.arange(size)
     unit = torch.eye(operator.size, dtype=torch.float64)
     coefficients = torch.empty_like(unit)
-    sandwich(unit, operator, None, coefficients)
+    sandwich(unit, operator, None, [coefficients])
     return coefficients.abs().argmax(1)
 
 

@@ -74,7 +74,7 @@ def features_masked(known: CallTruth) -> Tensor:
     """``X A^-1``: the plain input under the mask of features alone, in float64."""
     x = known["x"].double()
     masked = torch.empty(x.shape, dtype=torch.float64)
-    sandwich(x, None, known.mask("A").operator(Form.DUAL), masked)
+    sandwich(x, None, known.mask("A").operator(Form.DUAL), [masked])
     return masked
 
 

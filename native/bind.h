@@ -1,0 +1,29 @@
+// What the binding files share.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "table.h"
+
+namespace nb = nanobind;
+
+namespace tempo {
+
+extern const Table *active;
+
+inline bool is_bfloat16(nb::dlpack::dtype dtype) {
+    return dtype.code == uint8_t(nb::dlpack::dtype_code::Bfloat) && dtype.bits == 16 && dtype.lanes == 1;
+}
+
+void bind_sandwich(nb::module_ &m);
+
+}  // namespace tempo

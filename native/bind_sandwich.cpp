@@ -1,0 +1,148 @@
+#include <stdexcept>
+
+#include "bind.h"
+
+namespace {
+
+using tempo::Block;
+using tempo::Matrices;
+using tempo::Operator;
+using tempo::Piece;
+using tempo::Sandwich;
+using Array = nb::ndarray<nb::device::cpu>;
+using Index = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Scale = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Squares = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;  // (count, side, side), any strides
+using Rounds = std::vector<std::vector<Squares>>;
+
+void require(bool holds, const char *what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+Matrices matrices_of(const Array &array) {
+    require(array.ndim() == 3, "a batch of matrices has three axes");
+    require(array.shape(2) <= 1 || array.stride(2) == 1, "rows of matrices have to be contiguous");
+    const bool half = tempo::is_bfloat16(array.dtype());
+    require(half || array.dtype() == nb::dtype<float>(), "matrices are float32 or bfloat16");
+    return {array.data(),           int64_t(array.shape(0)), int64_t(array.shape(1)), int64_t(array.shape(2)),
+            array.stride(0),        array.stride(1),         half};
+}
+
+// An operator, and the memory that it points to.
+struct Held {
+    Operator op;
+    std::vector<Index> gathers;
+    std::vector<const int32_t *> pointers;
+    std::vector<int32_t> inverse;
+    std::vector<std::vector<Block>> blocks;
+    std::vector<const Block *> first;
+    std::vector<int> counts;
+    std::vector<float> values;
+
+    Held(std::vector<Index> indices, const std::optional<Scale> &scale, const Rounds &rounds, int64_t size)
+        : gathers(std::move(indices)) {
+        require(gathers.size() == rounds.size() + 1, "an operator has one gather more than rounds of blocks");
+        require(!scale || rounds.empty(), "an operator has scales or blocks, not both");
+        require(!scale || int64_t(scale->shape(0)) == size, "scales have to be as many as elements");
+        for (const Index &gather : gathers) {
+            require(int64_t(gather.shape(0)) == size, "an operator has to be as large as the axis it applies to");
+            std::vector<bool> seen(size);  // also keeps every index in bounds
+            for (int64_t i = 0; i < size; ++i) {
+                const int32_t to = gather.data()[i];
+                require(to >= 0 && to < size && !seen[to], "a gather has to be a permutation");
+                seen[to] = true;
+            }
+            pointers.push_back(gather.data());
+        }
+        inverse.resize(size);
+        for (int64_t i = 0; i < size; ++i) inverse[pointers.back()[i]] = int32_t(i);
+        pack(rounds, size);
+        op.size = int(size);
+        op.rounds = int(rounds.size());
+        op.gathers = pointers.data();
+        op.last_inverse = inverse.data();
+        op.scale = scale ? scale->data() : nullptr;
+        op.blocks = first.data();
+        op.counts = counts.data();
+    }
+    Held(const Held &) = delete;
+
+    // Blocks side by side, each transposed, lines padded with zeros to whole vectors.
+    void pack(const Rounds &rounds, int64_t size) {
+        constexpr int64_t kPadding = 16;
+        const auto padded = [](int64_t side) { return (side + kPadding - 1) / kPadding * kPadding; };
+        size_t floats = 0;
+        for (const auto &batches : rounds)
+            for (const Squares &squares : batches)
+                floats += squares.shape(0) * squares.shape(1) * padded(squares.shape(1));
+        values.assign(floats, 0.0f);
+        float *next = values.data();
+        for (const auto &batches : rounds) {
+            std::vector<Block> found;
+            int64_t start = 0;
+            for (const Squares &squares : batches) {
+                const int64_t side = squares.shape(1), stride = padded(side);
+                require(int64_t(squares.shape(2)) == side, "blocks have to be square");
+                for (size_t b = 0; b < squares.shape(0); ++b) {
+                    const float *block = squares.data() + int64_t(b) * squares.stride(0);
+                    for (int64_t o = 0; o < side; ++o)
+                        for (int64_t k = 0; k < side; ++k)
+                            next[k * stride + o] = block[o * squares.stride(1) + k * squares.stride(2)];
+                    found.push_back({int(start), int(side), int(stride), next});
+                    next += side * stride;
+                    start += side;
+                }
+            }
+            require(start == size, "blocks have to be as large as the axis they apply to, together");
+            blocks.push_back(std::move(found));
+        }
+        for (const auto &found : blocks) {
+            first.push_back(found.data());
+            counts.push_back(int(found.size()));
+        }
+    }
+};
+
+using Given = std::tuple<std::vector<Index>, std::optional<Scale>, Rounds>;
+
+std::optional<Held> held(const std::optional<Given> &given, int64_t size) {
+    return given ? std::optional<Held>(std::in_place, std::get<0>(*given), std::get<1>(*given), std::get<2>(*given),
+                                       size)
+                 : std::nullopt;
+}
+
+void sandwich(const Array &x, const std::optional<Given> &rows, const std::optional<Given> &columns,
+              const std::vector<Array> &outs, int axis, const std::vector<std::optional<Scale>> &biases) {
+    const Matrices from = matrices_of(x);
+    require(from.columns < INT32_MAX && from.rows < INT32_MAX, "a matrix is too large");
+    require(biases.size() == outs.size(), "biases have to be as many as outputs");
+    require(axis == 0 || axis == 1, "outputs lie along axis 0 or 1");
+    const auto row_operator = held(rows, from.rows), column_operator = held(columns, from.columns);
+    std::vector<Piece> pieces;
+    int64_t row = 0, column = 0;
+    for (size_t i = 0; i < outs.size(); ++i) {
+        const Matrices to = matrices_of(outs[i]);
+        require(to.batch == from.batch, "outputs have to be as many matrices as there are");
+        require(axis == 1 ? to.rows == from.rows : to.columns == from.columns,
+                "outputs have to be pieces of the result");
+        require(!biases[i] || int64_t(biases[i]->shape(0)) == to.columns, "a bias has to be as long as its columns");
+        pieces.push_back({to, row, column, biases[i] ? biases[i]->data() : nullptr});
+        (axis ? column : row) += axis ? to.columns : to.rows;
+    }
+    require(axis == 1 ? column == from.columns : row == from.rows, "outputs have to make up the result");
+    const Sandwich whole{from, row_operator ? &row_operator->op : nullptr,
+                         column_operator ? &column_operator->op : nullptr, pieces.data(), int(pieces.size())};
+    nb::gil_scoped_release release;
+    tempo::active->sandwich(whole);
+}
+
+}  // namespace
+
+namespace tempo {
+
+void bind_sandwich(nb::module_ &m) {
+    m.def("sandwich", &::sandwich, nb::arg("x"), nb::arg("rows").none(), nb::arg("columns").none(), nb::arg("outs"),
+          nb::arg("axis"), nb::arg("biases"));
+}
+
+}  // namespace tempo

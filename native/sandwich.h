@@ -1,0 +1,305 @@
+// Applies an operator to rows and one to columns in one pass over memory (one more for each further round of rows).
+//
+// A tile of rows is transposed into scratch memory, so that vectors run over rows and a column is a line. There, picking
+// columns in any order costs nothing, since whole lines are read; a block of rows multiplies each line, a block of
+// columns combines lines. On the way out the tile is transposed back.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "sandwich_types.h"
+#include "simd.h"
+
+namespace tempo::TEMPO_ISA {
+
+constexpr int kLine = 16;  // columns moved at a time: a cache line of each row
+constexpr int kParts = kLine / kLanes;
+constexpr int64_t kStreamFrom = 1 << 22;  // elements of an output from which it is written past the caches
+
+constexpr int kChunk = 64;                // columns whose rows are mixed at a time, in the first-level cache
+
+struct Tile {
+    int rows;             // that are real
+    int lanes;            // rows rounded up to whole vectors
+    const int32_t *from;  // rows of the source
+    const int32_t *to;    // rows of the target
+};
+
+// A transposed tile: for every column a line of lanes, in panels of as many lanes as a cache line holds.
+struct Lines {
+    float *data;
+    int64_t panel;   // from one panel to the next
+    float *at(int lane) const { return data + (lane / kLine) * panel + lane % kLine; }
+};
+
+inline int rounded(int rows, int to) { return (rows + to - 1) / to * to; }
+
+// --- in: line i of a panel becomes column i of `rows`, of which `used` count ---
+
+template <typename T>
+void read_panel(const T *const (&rows)[kLine], int used, int width, float *lines) {
+    int column = 0;
+    for (; column + kLine <= width; column += kLine)
+        for (int lane = 0; lane < used; lane += kLanes)
+            for (int part = 0; part < kParts; ++part) {
+                Vector v[kLanes];
+                const int at = column + part * kLanes;
+                for (int i = 0; i < kLanes; ++i) v[i] = load(rows[lane + i] + at);
+                transpose(v);
+                for (int i = 0; i < kLanes; ++i) store(lines + (at + i) * kLine + lane, v[i]);
+            }
+    for (; column < width; ++column)
+        for (int i = 0; i < used; ++i) lines[column * kLine + i] = widen(rows[i][column]);
+}
+
+template <typename T>
+void read_tile(const T *x, int64_t stride, int width, const Tile &tile, const Lines &lines) {
+    for (int panel = 0; panel < tile.lanes; panel += kLine) {
+        const int used = std::min(kLine, tile.lanes - panel);
+        const T *rows[kLine] = {};
+        for (int i = 0; i < used; ++i) rows[i] = x + tile.from[std::min(panel + i, tile.rows - 1)] * stride;
+        read_panel(rows, used, width, lines.at(panel));
+    }
+}
+
+// A chunk's columns of a tile's rows, one row after the other.
+template <typename T>
+void read_chunk(const T *x, int64_t stride, int first, int width, const Tile &tile, float *chunk) {
+    for (int i = 0; i < tile.rows; ++i, chunk += kChunk) {
+        const T *row = x + tile.from[i] * stride + first;
+        int column = 0;
+        for (; column + kLanes <= width; column += kLanes) store(chunk + column, load(row + column));
+        for (; column < width; ++column) chunk[column] = widen(row[column]);
+    }
+}
+
+// --- products with blocks: two vectors by up to six sums at a time, as many as there are registers for ---
+
+// Calls `f` with a compile-time count, in steps that leave no single one where that can be helped.
+template <typename F>
+inline void by_six(int count, const F &f) {
+    int done = 0;
+    while (done < count) {
+        switch (const int left = count - done; left == 8 || left == 4 ? 4 : std::min(left, 6)) {
+            case 6: f(std::integral_constant<int, 6>{}, done), done += 6; break;
+            case 5: f(std::integral_constant<int, 5>{}, done), done += 5; break;
+            case 4: f(std::integral_constant<int, 4>{}, done), done += 4; break;
+            case 3: f(std::integral_constant<int, 3>{}, done), done += 3; break;
+            case 2: f(std::integral_constant<int, 2>{}, done), done += 2; break;
+            default: f(std::integral_constant<int, 1>{}, done), done += 1; break;
+        }
+    }
+}
+
+template <typename F>
+inline void by_two_vectors(int lanes, const F &f) {
+    int lane = 0;
+    for (; lane + 2 * kLanes <= lanes; lane += 2 * kLanes) f(std::integral_constant<int, 2>{}, lane);
+    if (lane < lanes) f(std::integral_constant<int, 1>{}, lane);
+}
+
+// A block of rows, on a chunk.
+inline void mix_rows(const Block &block, const float *from, float *to, int width) {
+    by_two_vectors(rounded(width, kLanes), [&](auto vectors, int column) {
+        by_six(block.side, [&](auto outputs, int output) {
+            constexpr int kVectors = decltype(vectors)::value, kOutputs = decltype(outputs)::value;
+            Vector total[kOutputs][kVectors] = {};
+            const float *row = from + column, *weights = block.values + output;
+            for (int k = 0; k < block.side; ++k, row += kChunk, weights += block.stride) {
+                Vector x[kVectors];
+                for (int v = 0; v < kVectors; ++v) x[v] = load(row + v * kLanes);
+                for (int o = 0; o < kOutputs; ++o) {
+                    const Vector w = broadcast(weights[o]);
+                    for (int v = 0; v < kVectors; ++v) total[o][v] += w * x[v];
+                }
+            }
+            for (int o = 0; o < kOutputs; ++o)
+                for (int v = 0; v < kVectors; ++v)
+                    store(to + (output + o) * kChunk + column + v * kLanes, total[o][v]);
+        });
+    });
+}
+
+// A block of columns: every line becomes a sum of lines.
+inline void mix_columns(const Block &block, const int32_t *index, const Lines &from, const Lines &to, int lanes) {
+    by_two_vectors(lanes, [&](auto vectors, int lane) {
+        constexpr int kVectors = decltype(vectors)::value;
+        const float *lines[kVectors];
+        for (int v = 0; v < kVectors; ++v) lines[v] = from.at(lane + v * kLanes);
+        by_six(block.side, [&](auto outputs, int output) {
+            constexpr int kOutputs = decltype(outputs)::value;
+            Vector total[kOutputs][kVectors] = {};
+            const float *weights = block.values + output;
+            for (int k = 0; k < block.side; ++k, weights += block.stride) {
+                Vector x[kVectors];
+                for (int v = 0; v < kVectors; ++v) x[v] = load(lines[v] + int64_t(index[k]) * kLine);
+                for (int o = 0; o < kOutputs; ++o) {
+                    const Vector w = broadcast(weights[o]);
+                    for (int v = 0; v < kVectors; ++v) total[o][v] += w * x[v];
+                }
+            }
+            for (int v = 0; v < kVectors; ++v) {
+                float *line = to.at(lane + v * kLanes) + (block.start + output) * kLine;
+                for (int o = 0; o < kOutputs; ++o) store(line + o * kLine, total[o][v]);
+            }
+        });
+    });
+}
+
+// --- out: piece[to[lane]][column] = lines[index[column]][lane] · scales + bias ---
+
+inline bool aligned(const void *p) { return reinterpret_cast<uintptr_t>(p) % (kLanes * 4) == 0; }
+
+template <typename T>
+inline void put(T *to, Vector v, bool) {
+    store(to, v);
+}
+inline void put(float *to, Vector v, bool past_caches) {
+    if (past_caches)
+        stream(to, v);
+    else
+        store(to, v);
+}
+
+template <typename T>
+void write_tile(const Lines &lines, const Tile &tile, const Operator *columns, const Piece &piece, int64_t batch,
+                const float *row_scale, bool past_caches) {
+    const int32_t *index = columns ? columns->gathers[columns->rounds] + piece.column : nullptr;
+    const float *column_scale = columns && columns->scale ? columns->scale + piece.column : nullptr;
+    T *out = static_cast<T *>(piece.to.data) + batch * piece.to.batch_stride;
+    const int width = int(piece.to.columns);
+    for (int panel = 0; panel < tile.lanes; panel += kLine) {
+        const int used = std::min(kLine, tile.lanes - panel);
+        T *rows[kLine];
+        bool all = true;
+        for (int i = 0; i < used; ++i) {
+            const int64_t row = panel + i < tile.rows ? tile.to[panel + i] - piece.row : -1;
+            rows[i] = row >= 0 && row < piece.to.rows ? out + row * piece.to.row_stride : nullptr;
+            all &= rows[i] != nullptr;
+        }
+        const float *from = lines.at(panel);
+        Vector of_rows[kParts];
+        for (int lane = 0; lane < used; lane += kLanes)
+            of_rows[lane / kLanes] = row_scale ? load(row_scale + panel + lane) : broadcast(1.0f);
+        const auto line = [&](int column, int lane) {
+            const Vector v = load(from + int64_t(index ? index[column] : piece.column + column) * kLine + lane);
+            if (column_scale) return v * (of_rows[lane / kLanes] * column_scale[column]);
+            return row_scale ? v * of_rows[lane / kLanes] : v;
+        };
+        int column = 0;
+        for (; column + kLine <= width; column += kLine)
+            for (int lane = 0; lane < used; lane += kLanes) {
+                Vector v[kParts][kLanes];
+                for (int part = 0; part < kParts; ++part) {
+                    const int first = column + part * kLanes;
+                    for (int i = 0; i < kLanes; ++i) v[part][i] = line(first + i, lane);
+                    transpose(v[part]);
+                    if (piece.bias) {
+                        const Vector bias = load(piece.bias + first);
+                        for (int i = 0; i < kLanes; ++i) v[part][i] += bias;
+                    }
+                }
+                // Whole cache lines at a time, or streaming would be slower than not.
+                for (int i = 0; i < kLanes; ++i)
+                    if (all || rows[lane + i])
+                        for (int part = 0; part < kParts; ++part)
+                            put(rows[lane + i] + column + part * kLanes, v[part][i], past_caches);
+            }
+        for (; column < width; ++column)
+            for (int lane = 0; lane < used; lane += kLanes) {
+                const Vector v = line(column, lane);
+                for (int i = 0; i < kLanes; ++i)
+                    if (rows[lane + i]) narrow(piece.bias ? v[i] + piece.bias[column] : v[i], rows[lane + i] + column);
+            }
+    }
+}
+
+inline bool worth_streaming(const Piece &piece) {
+    const Matrices &to = piece.to;
+    return !to.half && to.batch * to.rows * to.columns >= kStreamFrom && aligned(to.data) &&
+           to.row_stride % kLanes == 0 && to.batch_stride % kLanes == 0;
+}
+
+// --- one pass: rows by their round's blocks, columns if it is their turn ---
+
+inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_columns, const Piece *pieces, int count,
+                 int64_t batch) {
+    const int width = int(x.columns);
+    const Operator *rows = s.rows, *columns = with_columns ? s.columns : nullptr;
+    const bool mixes = rows && rows->rounds;
+    const bool last = !mixes || round == rows->rounds - 1;
+    const int total = int(x.rows);
+    // Without blocks a tile is a cache line high, or a vector where that would leave the caches.
+    const int height = width <= 4096 ? kLine : kLanes;
+    const int tiles = mixes ? rows->counts[round] : (total + height - 1) / height;
+    int most = height;
+    for (int t = 0; mixes && t < tiles; ++t) most = std::max(most, rows->blocks[round][t].side);
+    const int lanes_most = rounded(most, kLine);
+    const int64_t panel = int64_t(width) * kLine;
+    Lines lines{scratch(0, size_t(width) * lanes_most), panel};
+    Lines other{columns && columns->rounds ? scratch(1, size_t(width) * lanes_most) : nullptr, panel};
+    float *chunk = mixes ? scratch(6, size_t(2 * kChunk) * lanes_most) : nullptr;
+    float *mixed = chunk + kChunk * lanes_most;
+    int32_t *numbers = reinterpret_cast<int32_t *>(scratch(2, size_t(total)));
+    for (int i = 0; i < total; ++i) numbers[i] = i;
+    const int32_t *from = rows ? rows->gathers[round] : numbers;
+    const int32_t *to = mixes && last ? rows->last_inverse : numbers;
+    float *scales = rows && rows->scale ? scratch(3, size_t(total) + kLine) : nullptr;
+    if (scales) std::copy(rows->scale, rows->scale + total, scales);
+
+    for (int t = 0; t < tiles; ++t) {
+        const int start = mixes ? rows->blocks[round][t].start : t * height;
+        const int side = mixes ? rows->blocks[round][t].side : std::min(height, total - start);
+        const Tile tile{side, rounded(side, kLanes), from + start, to + start};
+        const int64_t offset = batch * x.batch_stride;
+        if (!mixes && x.half) read_tile(static_cast<const uint16_t *>(x.data) + offset, x.row_stride, width, tile, lines);
+        if (!mixes && !x.half) read_tile(static_cast<const float *>(x.data) + offset, x.row_stride, width, tile, lines);
+        for (int column = 0; mixes && column < width; column += kChunk) {
+            const int some = std::min(kChunk, width - column);
+            if (x.half)
+                read_chunk(static_cast<const uint16_t *>(x.data) + offset, x.row_stride, column, some, tile, chunk);
+            else
+                read_chunk(static_cast<const float *>(x.data) + offset, x.row_stride, column, some, tile, chunk);
+            mix_rows(rows->blocks[round][t], chunk, mixed, some);
+            const Lines here{lines.data + column * kLine, lines.panel};
+            read_tile(mixed, kChunk, some, Tile{side, tile.lanes, numbers, nullptr}, here);
+        }
+        for (int r = 0; columns && r < columns->rounds; ++r) {
+            for (int b = 0; b < columns->counts[r]; ++b) {
+                const Block &block = columns->blocks[r][b];
+                mix_columns(block, columns->gathers[r] + block.start, lines, other, tile.lanes);
+            }
+            std::swap(lines, other);
+        }
+        for (int p = 0; p < count; ++p) {
+            const float *scale = scales ? scales + start : nullptr;
+            const bool past_caches = worth_streaming(pieces[p]);
+            if (pieces[p].to.half)
+                write_tile<uint16_t>(lines, tile, columns, pieces[p], batch, scale, false);
+            else
+                write_tile<float>(lines, tile, columns, pieces[p], batch, scale, past_caches);
+        }
+    }
+}
+
+inline void sandwich(const Sandwich &s) {
+    const int rounds = s.rows && s.rows->rounds ? s.rows->rounds : 1;
+    for (int64_t batch = 0; batch < s.x.batch; ++batch) {
+        Matrices x = s.x;
+        for (int round = 0; round < rounds; ++round) {
+            if (round == rounds - 1) {
+                pass(s, x, round, round == 0, s.pieces, s.count, batch);
+                break;
+            }
+            const int64_t width = x.columns;
+            Matrices between{scratch(4 + round % 2, size_t(x.rows * width)), 1, x.rows, width, 0, width, false};
+            const Piece all{between, 0, 0, nullptr};
+            pass(s, x, round, round == 0, &all, 1, batch);
+            x = between;
+        }
+    }
+    fence();
+}
+
+}  // namespace tempo::TEMPO_ISA

@@ -1,0 +1,54 @@
+// What a sandwich is made of: `rows · x · columnsᵀ`, see src/tempo/schemes/sandwich.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tempo {
+
+// One block of a block-diagonal matrix: from `start` on, `side` elements become as many others.
+struct Block {
+    int start;
+    int side;
+    int stride;           // between the lines of `values`
+    const float *values;  // values[k * stride + o]: how much of element k goes into element o
+};
+
+// An operator along one axis: gathers with block-diagonal matrices between them, one gather more than matrices.
+struct Operator {
+    int size = 0;
+    int rounds = 0;
+    const int32_t *const *gathers = nullptr;
+    const int32_t *last_inverse = nullptr;  // undoes the last gather
+    const float *scale = nullptr;           // only without blocks; null is all ones
+    const Block *const *blocks = nullptr;   // of each round
+    const int *counts = nullptr;            // how many each round has
+};
+
+// A batch of matrices whose rows are contiguous; strides in elements.
+struct Matrices {
+    void *data;
+    int64_t batch, rows, columns;
+    int64_t batch_stride, row_stride;
+    bool half;  // bfloat16, else float32
+};
+
+// A part of what is written: rows and columns from `row` and `column` on.
+struct Piece {
+    Matrices to;
+    int64_t row, column;
+    const float *bias;  // one number for each of its columns, or null
+};
+
+// Memory to work in, kept between calls: fresh memory would cost a page fault for every 4 KiB.
+float *scratch(int which, size_t floats);
+
+struct Sandwich {
+    Matrices x;
+    const Operator *rows;     // null: the identity
+    const Operator *columns;  // null: the identity
+    const Piece *pieces;
+    int count;
+};
+
+}  // namespace tempo
