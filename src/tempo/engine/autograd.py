@@ -61,10 +61,7 @@ class _Offload(torch.autograd.Function):
         members = len(weights)
         biases = tokens_and_biases[members:]
         with torch.autocast(x.device.type, enabled=False):
-            outputs, call = product.call(x, weights, keep=any(p is not None for p in pending))
-            for y, bias in zip(outputs, biases, strict=True):
-                if bias is not None:
-                    y += bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
+            outputs, call = product.call(x, weights, biases, keep=any(p is not None for p in pending))
         # Of a weight that lives on a worker there is nothing to save, and hooks would have to read it.
         ctx.save_for_backward(x, *(weights if call.residence is None else ()))
         ctx.product, ctx.call, ctx.pending = product, call, pending

@@ -12,6 +12,7 @@ from torch import Tensor
 from tempo.engine.geometry import flops, output_shape
 from tempo.errors import WorkerError
 from tempo.schemes.base import EncodedGradient, EncodedInput, Operand, Recall
+from tempo.schemes.sandwich import add_biases
 from tempo.verify.checks import InputCheck
 from tempo.wire.messages import Backward, Forward
 
@@ -114,8 +115,8 @@ class Call:
             self.operand = product.engine.new_number()
             product.engine.forget_after(self, list(self.shapes_x), operand=self.operand)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Send ``x~``, await ``y~``, unmask. ``x`` is only for the record of the truth, if there is one."""
+    def forward(self, x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
+        """Send ``x~``, await ``y~``, unmask, add ``biases``. ``x`` is only for the record of the truth, if any."""
         engine, kind = self.product.engine, self.product.kind
         self._prepare_checks(want_y=True)
         batch = engine.batch(self.product)
@@ -128,8 +129,10 @@ class Call:
             engine.stats.flops_offloaded += flops(kind, shape_x, shape_w)
         self.stored.confirm()
         with batch.replies("y") as replies:
-            outputs = self.encoded.decode_output(replies, self.sizes)
-        self._record(batch, x, outputs)
+            outputs = self.encoded.decode_output(replies, self.sizes, None if engine.truth else biases)
+        if engine.truth is not None:
+            self._record(batch, x, outputs)
+            add_biases(outputs, biases)
         return outputs
 
     def resend(self, x: Tensor) -> None:

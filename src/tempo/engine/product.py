@@ -55,12 +55,15 @@ class Product:
         setting = self.engine.settings.wire_dtype
         return Problem(self.kind, WIRE_DTYPES[dtype] if setting == "auto" else getattr(torch, setting))
 
-    def call(self, x: Tensor, weights: Sequence[Tensor], *, keep: bool) -> tuple[list[Tensor], Call]:
+    def call(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, keep: bool
+    ) -> tuple[list[Tensor], Call]:
         """Compute ``Y`` on workers.
 
         Args:
             x: Input, rows first, features second.
             weights: Weights of the members, each output features first.
+            biases: What to add to each member's output, one number for each feature, or None.
             keep: Whether a weight gradient may be wanted: workers then keep the masked input.
 
         Returns:
@@ -73,7 +76,7 @@ class Product:
         while True:
             try:
                 call = self._encode(x, weights, keep=keep, again=False)
-                return call.forward(x), call
+                return call.forward(x, biases), call
             except WorkerError as error:
                 self._stored = None  # whether workers hold it is not known
                 self.engine.dismiss(error)

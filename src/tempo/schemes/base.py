@@ -128,8 +128,10 @@ class EncodedInput(ABC):
         """The masks around what ``worker`` got, by name; only for the insecure truth recording that scores audits."""
 
     @abstractmethod
-    def decode_output(self, replies: dict[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """``Y`` from the workers' ``y``, keyed by worker, in pieces of ``sizes`` output features."""
+    def decode_output(
+        self, replies: dict[int, Tensor], sizes: Sequence[int], biases: Sequence[Tensor | None] | None = None
+    ) -> list[Tensor]:
+        """``Y`` from the workers' ``y``, keyed by worker, in pieces of ``sizes`` features, each plus its bias."""
 
     @abstractmethod
     def encode_gradient(

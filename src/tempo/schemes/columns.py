@@ -25,6 +25,7 @@ from tempo.schemes.base import (
     Recall,
     Target,
 )
+from tempo.schemes.sandwich import add_biases
 
 EncodeWeight = Callable[[Problem, Tensor, Key, Sequence[Target], Empty], EncodedWeight]
 
@@ -107,10 +108,14 @@ class DividedInput(EncodedInput):
                 return part.secrets(worker) | {"columns": columns}
         raise KeyError(worker)
 
-    def decode_output(self, replies: dict[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def decode_output(
+        self, replies: dict[int, Tensor], sizes: Sequence[int], biases: Sequence[Tensor | None] | None = None
+    ) -> list[Tensor]:
         """Put each part's columns where they belong."""
         pieces = [part.decode_output(_of(replies, part.operands), [len(columns)])[0] for columns, part in self.parts]
-        return _merged([columns for columns, _ in self.parts], pieces, 1, sizes)
+        merged = _merged([columns for columns, _ in self.parts], pieces, 1, sizes)
+        add_biases(merged, biases or [None] * len(merged))
+        return merged
 
     def encode_gradient(
         self, g: Tensor, key: Key, empty: Empty, x: Recall, w: Recall, *, want_dw: bool

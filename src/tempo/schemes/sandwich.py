@@ -53,6 +53,11 @@ def sandwich(
             out.copy_(piece)
     else:
         _in_torch(x, rows, columns, outs)
+    add_biases(outs, biases)
+
+
+def add_biases(outs: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    """Add to each of ``outs`` its bias, one number for each column, in place."""
     for out, bias in zip(outs, biases, strict=True):
         if bias is not None:
             out += bias.to(out.dtype).view(-1, *[1] * (out.dim() - 2))

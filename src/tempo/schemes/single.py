@@ -237,23 +237,27 @@ class MaskedInput(EncodedInput):
             found |= {"cloak_u": cloak.U, "cloak_v": cloak.V}
         return found
 
-    def decode_output(self, replies: dict[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def decode_output(
+        self, replies: dict[int, Tensor], sizes: Sequence[int], biases: Sequence[Tensor | None] | None = None
+    ) -> list[Tensor]:
         """Unmask each part's columns straight into the output they belong to, where nothing is to be taken off."""
         spatial = next(iter(replies.values())).shape[2:]
         outputs = [torch.empty(self.shape[0], size, *spatial, dtype=self.dtype) for size in sizes]
+        bias = _joined(biases or [], sizes, outputs[0])
         for worker, part in self.parts.items():
             pieces = [output[part.rows] for output in outputs]
             if part.plain:
-                part.masks.decode("y", replies[worker], pieces)
+                part.masks.decode("y", replies[worker], pieces, biases)
                 continue
             whole = _room(pieces, replies[worker])
-            part.masks.decode("y", replies[worker], [whole])
+            part.masks.decode("y", replies[worker], [whole], [bias])
             y = whole[: part.cover.real]
             if self.cloak is not None and part.seen_by_cloak is not None:
                 self.cloak.uncover_output(y, part.seen_by_cloak)
             for share in part.shares:
                 share.take_off_output(y)
-            y[part.cover.rows] = 0
+            if len(part.cover.rows):
+                y[part.cover.rows] = 0 if bias is None else bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
             if whole is not pieces[0]:
                 for piece, values in zip(pieces, y.split(list(sizes), 1), strict=True):
                     piece.copy_(values)
@@ -344,6 +348,14 @@ def _room(places: Sequence[Tensor], reply: Tensor) -> Tensor:
     (place, *more), work = places, work_dtype(places[0])
     fits = not more and place.dtype == work and place.shape == reply.shape
     return place if fits else torch.empty(reply.shape, dtype=work)
+
+
+def _joined(biases: Sequence[Tensor | None], sizes: Sequence[int], like: Tensor) -> Tensor | None:
+    """One bias for outputs of ``sizes`` features that lie side by side; None if there is none at all."""
+    if all(bias is None for bias in biases):
+        return None
+    parts = zip(biases, sizes, strict=True)
+    return torch.cat([like.new_zeros(size) if bias is None else bias.to(like.dtype) for bias, size in parts])
 
 
 def _rows(x: Recall, rows: slice) -> Tensor:
