@@ -2,6 +2,7 @@
 #include "table.h"
 
 #include "sandwich.h"
+#include "sums.h"
 
 #define TEMPO_STRING(x) #x
 #define TEMPO_NAME(x) TEMPO_STRING(x)
@@ -12,6 +13,7 @@ const Table &table() {
     static const Table found{
         .name = TEMPO_NAME(TEMPO_ISA),
         .sandwich = sandwich,
+        .sums = sums,
     };
     return found;
 }

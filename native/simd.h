@@ -81,10 +81,18 @@ inline void narrow(float value, uint16_t *to) {
     *to = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// In halves, within registers.
 inline float sum(Vector v) {
-    float total = 0;
-    for (int i = 0; i < kLanes; ++i) total += v[i];
-    return total;
+#if defined(__AVX512F__)
+    const auto eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                       __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    const Vector eight = v;
+#endif
+    const auto four =
+        __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+    const auto two = four + __builtin_shufflevector(four, four, 2, 3, 2, 3);
+    return two[0] + two[1];
 }
 
 // Rows become columns, in registers.

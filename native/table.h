@@ -2,12 +2,14 @@
 #pragma once
 
 #include "sandwich_types.h"
+#include "sums_types.h"
 
 namespace tempo {
 
 struct Table {
     const char *name;
     void (*sandwich)(const Sandwich &);
+    void (*sums)(const Sums &);
 };
 
 #define TEMPO_FOR_EACH_ISA(apply) apply(generic) apply(avx2) apply(avx512)

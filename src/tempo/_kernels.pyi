@@ -18,3 +18,13 @@ def sandwich(
     axis: int,
     biases: Sequence[Tensor | None],
 ) -> None: ...
+def sums(
+    x: Tensor,
+    copy: Tensor | None,
+    v: Tensor,
+    of_rows: Tensor,
+    row_lengths: Tensor,
+    q: Tensor | None = None,
+    of_columns: Tensor | None = None,
+    column_lengths: Tensor | None = None,
+) -> None: ...

@@ -21,7 +21,8 @@ from tempo.wire.messages import Backward, Fetch, Forward, Store, Update
 if TYPE_CHECKING:
     from tempo.engine.engine import Engine
 
-Check = Callable[[Tensor], Residual]
+Check = Callable[[Tensor, Tensor | None], Residual]
+"""Judges an answer, and copies it in the same pass if there is somewhere to."""
 Wants = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -127,8 +128,13 @@ class Batch:
             return
         link = engine.links[worker]
         with engine.stats.timed("verify"):
-            replies[worker] = link.own(replies[worker])  # a worker can write to shared memory at any time
-            residual = check(replies[worker])
+            reply, into = replies[worker], link.private(replies[worker])
+            try:
+                residual = check(reply, into)
+            finally:
+                if into is not None:  # a worker can write to shared memory at any time: what was judged is used
+                    replies[worker] = into
+                    link.release(reply)
         engine.verifier.judge(str(link.address), engine.step, name, replies[worker], residual)
 
     @contextmanager

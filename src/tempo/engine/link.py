@@ -201,13 +201,14 @@ class Link:
             self._send(_Pending(message, sent, due, acknowledged), payload)
         return futures if acknowledged is None else {ACKNOWLEDGED: acknowledged}
 
-    def own(self, reply: Tensor) -> Tensor:
-        """The reply where its worker cannot change it any more: itself, or a copy out of shared memory."""
+    def private(self, reply: Tensor) -> Tensor | None:
+        """Where to copy a reply so that its worker cannot change it any more; None if it cannot as it is.
+
+        To be given back with `release`, like the reply itself.
+        """
         if not self._shared or not reply.numel():
-            return reply
+            return None
         block, copy = _take(self._private, tuple(reply.shape), reply.dtype)
-        copy.copy_(reply)
-        self.release(reply)
         self._replies[copy.data_ptr()] = self._private, block
         return copy
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from tempo.keys import Key
 from tempo.schemes.haar import gaussians
 from tempo.schemes.operators import work_dtype
-from tempo.verify.forms import Sums, form
+from tempo.verify.forms import form
+from tempo.verify.sums import Sums
 from tempo.verify.tolerance import Rounding, threshold
 from tempo.wire.messages import Product
 
@@ -84,9 +85,7 @@ class WeightCheck:
         groups = self.form.groups
         self.r = _draw(key, "r", (groups, vectors, self.shape[0] // groups), work)
         self.v = _draw(key, "v", (groups, vectors, self.shape[1]), work)
-        self.from_outputs = self.form.seen_from_outputs(w_masked, self.r)
-        self.from_inputs = self.form.seen_from_inputs(w_masked, self.v)
-        self.length = self.form.length(w_masked)
+        self.from_outputs, self.from_inputs, self.length = self.form.weight(w_masked, self.r, self.v)
 
     def forward(self, x_masked: Tensor, key: Key, *, keep: bool, want_y: bool = True) -> InputCheck:
         """What is kept of an input ``x~``, (T, d) or (N, d, …), about to be multiplied by the weight.
@@ -127,8 +126,14 @@ class InputCheck:
             if keep:
                 self.q = sums[-1]
 
-    def output(self, y_masked: Tensor) -> Residual:
-        """Check ``y~``."""
+    def output(self, y_masked: Tensor, into: Tensor | None = None) -> Residual:
+        """Check ``y~``.
+
+        Args:
+            y_masked: As received; read once.
+            into: Where to copy it in the same pass, if anywhere: what is judged is what lies there, whoever changes
+                ``y_masked`` meanwhile.
+        """
         weight = self.weight
         if self.y is None:
             raise ValueError("no output was announced for this input")
@@ -136,9 +141,8 @@ class InputCheck:
         scale = expected.lengths * weight.length
         inner, width = prod(weight.shape[1:]), weight.r.shape[2]
         rounding = Rounding(inner, width, weight.work, _coarsest(self.dtype, weight.dtype, y_masked.dtype))
-        return _judge(
-            expected.sums, scale, rounding, partial(weight.form.rows, y_masked, weight.r), weight.drifted(expected)
-        )
+        read = partial(weight.form.rows, vectors=weight.r)
+        return _judge(expected.sums, scale, rounding, read, y_masked, into, weight.drifted(expected))
 
     def backward(self, g_masked: Tensor, *, want_dx: bool, want_dw: bool) -> GradientCheck:
         """What is kept of a gradient ``g~`` of the output, about to be sent; same shape as ``y~``.
@@ -164,20 +168,19 @@ class GradientCheck:
         q = source.q if want_dw else None
         self.dx, self.dw = source.weight.form.gradients(g_masked, kernel, q, source.shape)
 
-    def input_gradient(self, dx_masked: Tensor) -> Residual:
-        """Check ``dx~``."""
+    def input_gradient(self, dx_masked: Tensor, into: Tensor | None = None) -> Residual:
+        """Check ``dx~``, and copy it ``into`` in the same pass: see `InputCheck.output`."""
         weight = self.source.weight
         if self.dx is None:
             raise ValueError("no input gradient was announced")
         scale = self.dx.lengths * weight.length
         inner, width = weight.r.shape[2] * prod(weight.shape[2:]), weight.shape[1]
         rounding = Rounding(inner, width, weight.work, _coarsest(self.dtype, weight.dtype, dx_masked.dtype))
-        return _judge(
-            self.dx.sums, scale, rounding, partial(weight.form.rows, dx_masked, weight.v), weight.drifted(self.dx)
-        )
+        read = partial(weight.form.rows, vectors=weight.v)
+        return _judge(self.dx.sums, scale, rounding, read, dx_masked, into, weight.drifted(self.dx))
 
-    def weight_gradient(self, dw_masked: Tensor) -> Residual:
-        """Check ``dw~``."""
+    def weight_gradient(self, dw_masked: Tensor, into: Tensor | None = None) -> Residual:
+        """Check ``dw~``, and copy it ``into`` in the same pass: see `InputCheck.output`."""
         source = self.source
         if self.dw is None or source.z is None:
             raise ValueError("no weight gradient was announced")
@@ -185,7 +188,8 @@ class GradientCheck:
         weight = source.weight
         through = _coarsest(self.dtype, source.dtype, dw_masked.dtype)
         rounding = Rounding(self.count, source.z.shape[2], weight.work, through)
-        return _judge(self.dw.sums, scale, rounding, partial(weight.form.features, dw_masked, source.z))
+        read = partial(weight.form.features, z=source.z)
+        return _judge(self.dw.sums, scale, rounding, read, dw_masked, into)
 
 
 def _draw(key: Key, use: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
@@ -198,15 +202,22 @@ def _coarsest(a: torch.dtype, b: torch.dtype, answer: torch.dtype) -> torch.dtyp
 
 
 def _judge(
-    expected: Tensor, scale: Tensor, rounding: Rounding, read: Callable[..., Sums], drifted: Tensor | None = None
+    expected: Tensor,
+    scale: Tensor,
+    rounding: Rounding,
+    read: Callable[..., Sums],
+    answer: Tensor,
+    into: Tensor | None,
+    drifted: Tensor | None = None,
 ) -> Residual:
-    """The worst row of what ``read`` reads; ``scale`` and ``drifted`` as in `Rounding.error_norm`."""
+    """The worst row of ``answer``, read by ``read``; ``scale`` and ``drifted`` as in `Rounding.error_norm`."""
     coarse = rounding.through != rounding.work
-    found = _compare(expected, read(lengths=coarse), scale, rounding, drifted)
+    found = _compare(expected, read(answer, into, lengths=coarse), scale, rounding, drifted)
     if found.passed or coarse:
         return found
     # In full precision the answer's length hardly counts, and is not worth reading unless a row fails without.
-    return _compare(expected, read(lengths=True), scale, rounding, drifted)
+    kept = answer if into is None else into
+    return _compare(expected, read(kept, None, lengths=True), scale, rounding, drifted)
 
 
 def _compare(expected: Tensor, found: Sums, scale: Tensor, rounding: Rounding, drifted: Tensor | None) -> Residual:

@@ -8,11 +8,10 @@ convolutions (N, groups, pixels); of weights the output features, (m) and (group
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from math import prod
-from typing import Final, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -20,18 +19,8 @@ from torch import Tensor
 from tempo.schemes import arithmetic
 from tempo.verify.norms import lengths as lengths_of
 from tempo.verify.norms import lost, out_of_range
+from tempo.verify.sums import Sums, of_both, of_rows, pieces
 from tempo.wire.messages import Conv, Linear, Product
-
-_PIECE: Final = 1 << 19
-"""Elements worked on at a time: what stays in a core's cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sums:
-    """Sums of the rows of an operand, and how long the rows are (float64)."""
-
-    sums: Tensor
-    lengths: Tensor
 
 
 class Form(ABC):
@@ -42,19 +31,19 @@ class Form(ABC):
     def __init__(self, work: torch.dtype) -> None:
         self.work = work
 
-    def _pieces(self, t: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Parts of ``t`` along axis 0, in the dtype that sums are kept in, each with its start."""
-        step = max(1, _PIECE // max(1, prod(t.shape[1:])))
-        for start in range(0, max(len(t), 1), step):
-            yield start, t[start : start + step].to(self.work)
-
     @abstractmethod
-    def seen_from_outputs(self, w: Tensor, r: Tensor) -> Tensor:
-        """``Σ_o r_o w[o]``, as `inputs` takes it; ``r`` is (groups, k, m/groups)."""
+    def weight(self, w: Tensor, r: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is kept of a weight.
 
-    @abstractmethod
-    def seen_from_inputs(self, w: Tensor, v: Tensor) -> Tensor:
-        """``Σ_c v_c w[:, c]``, as `gradients` takes it; ``v`` is (groups, k, d/groups)."""
+        Args:
+            w: As sent.
+            r: (groups, k, m/groups).
+            v: (groups, k, d/groups).
+
+        Returns:
+            ``Σ_o r_o w[o]`` as `inputs` takes it; ``Σ_c v_c w[:, c]`` as `gradients` takes it; the Frobenius norm of
+            each group, to be multiplied with lengths of rows, float64.
+        """
 
     @abstractmethod
     def as_kernel(self, z: Tensor, w: tuple[int, ...]) -> Tensor:
@@ -71,16 +60,19 @@ class Form(ABC):
         """Sums of the rows of ``g`` with ``kernel``, and of its output features with ``q`` (what `inputs` gave)."""
 
     @abstractmethod
-    def rows(self, answer: Tensor, vectors: Tensor, *, lengths: bool) -> Sums:
-        """Sums of the rows of ``y`` or ``dx`` with ``vectors`` (groups, k, features)."""
+    def rows(self, answer: Tensor, into: Tensor | None, vectors: Tensor, *, lengths: bool) -> Sums:
+        """Sums of the rows of ``y`` or ``dx`` with ``vectors`` (groups, k, features).
+
+        Args:
+            answer: Read once.
+            into: Where to copy it in the same pass, if anywhere: sums are of what lies there.
+            vectors: Those.
+            lengths: Whether lengths are wanted; else they may be zeros.
+        """
 
     @abstractmethod
-    def features(self, dw: Tensor, z: Tensor, *, lengths: bool) -> Sums:
-        """Sums of the output features of ``dw`` with ``z`` (groups, k, elements of an output feature)."""
-
-    @abstractmethod
-    def length(self, w: Tensor) -> Tensor:
-        """Frobenius norm of a weight, per group; to be multiplied with lengths of rows. Float64."""
+    def features(self, dw: Tensor, into: Tensor | None, z: Tensor, *, lengths: bool) -> Sums:
+        """Sums of the output features of ``dw`` with ``z`` (groups, k, elements of an output feature), as `rows`."""
 
 
 def form(product: Product, work: torch.dtype) -> Form:
@@ -92,16 +84,10 @@ def form(product: Product, work: torch.dtype) -> Form:
 class Matrices(Form):
     """Rows first, features second."""
 
-    def seen_from_outputs(self, w: Tensor, r: Tensor) -> Tensor:
-        """(k, d)."""
-        total = r.new_zeros(r.shape[1], w.shape[1])
-        for start, piece in self._pieces(w):
-            total.addmm_(r[0, :, start : start + len(piece)], piece)
-        return total
-
-    def seen_from_inputs(self, w: Tensor, v: Tensor) -> Tensor:
-        """(k, m)."""
-        return torch.cat([v[0] @ piece.t() for _, piece in self._pieces(w)], 1)
+    def weight(self, w: Tensor, r: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(k, d), (k, m), a scalar."""
+        from_inputs, from_outputs = of_both(w, v[0], r[0])
+        return from_outputs.sums, from_inputs.sums, torch.linalg.vector_norm(from_inputs.lengths)
 
     def as_kernel(self, z: Tensor, w: tuple[int, ...]) -> Tensor:
         """(k, d)."""
@@ -109,57 +95,26 @@ class Matrices(Form):
 
     def inputs(self, x: Tensor, kernels: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
         """Sums (k, T)."""
-        kernel = torch.cat(kernels)
-        sums, lengths = [kernel.new_empty(len(kernel), 0)], [x.new_empty(0, dtype=torch.float64)]
-        for _, piece in self._pieces(x):
-            sums.append(kernel @ piece.t())
-            lengths.append(lengths_of(piece, 1))
-        length = torch.cat(lengths)
-        return list(torch.cat(sums, 1).split([len(k) for k in kernels])), length, torch.linalg.vector_norm(length)
+        found = of_rows(x, torch.cat(kernels))
+        sums = list(found.sums.split([len(kernel) for kernel in kernels]))
+        return sums, found.lengths, torch.linalg.vector_norm(found.lengths)
 
     def gradients(
         self, g: Tensor, kernel: Tensor | None, q: Tensor | None, x: tuple[int, ...]
     ) -> tuple[Sums | None, Sums | None]:
         """Sums (k, T) and (k, m)."""
-        rows = [g.new_empty(0 if kernel is None else len(kernel), 0, dtype=self.work)]
-        lengths = [g.new_empty(0, dtype=torch.float64)]
-        columns = g.new_zeros(0 if q is None else len(q), g.shape[1], dtype=self.work)
-        squares = g.new_zeros(g.shape[1], dtype=torch.float64)
-        ones = g.new_ones(g.shape[1], dtype=self.work)
-        for start, piece in self._pieces(g):
-            if kernel is not None:
-                rows.append(kernel @ piece.t())
-            if q is None:
-                lengths.append(lengths_of(piece, 1))
-                continue
-            columns.addmm_(q[:, start : start + len(piece)], piece)
-            square = piece.square()
-            of_rows = square @ ones
-            if out_of_range(of_rows.sqrt()):
-                square = piece.double().square_()
-                of_rows = square @ ones.double()
-            lengths.append(of_rows.double().sqrt_() + lost(self.work, g.shape[1]))
-            squares += (ones.new_ones(len(piece), dtype=square.dtype) @ square).double()
-        of_features = None if q is None else Sums(columns, squares.sqrt_() + lost(self.work, len(g)))
-        return None if kernel is None else Sums(torch.cat(rows, 1), torch.cat(lengths)), of_features
+        if q is None:
+            return None if kernel is None else of_rows(g, kernel), None
+        rows, columns = of_both(g, q.new_empty(0, g.shape[1]) if kernel is None else kernel, q)
+        return None if kernel is None else rows, columns
 
-    def rows(self, answer: Tensor, vectors: Tensor, *, lengths: bool) -> Sums:
+    def rows(self, answer: Tensor, into: Tensor | None, vectors: Tensor, *, lengths: bool) -> Sums:
         """Sums (k, T)."""
-        sums, norms = [vectors.new_empty(vectors.shape[1], 0)], [answer.new_zeros(0, dtype=torch.float64)]
-        for _, piece in self._pieces(answer):
-            sums.append(vectors[0] @ piece.t())
-            norms.append(lengths_of(piece, 1) if lengths else piece.new_zeros(len(piece), dtype=torch.float64))
-        return Sums(torch.cat(sums, 1), torch.cat(norms))
+        return of_rows(answer, vectors[0], lengths=lengths, into=into)
 
-    def features(self, dw: Tensor, z: Tensor, *, lengths: bool) -> Sums:
+    def features(self, dw: Tensor, into: Tensor | None, z: Tensor, *, lengths: bool) -> Sums:
         """Sums (k, m)."""
-        return self.rows(dw, z, lengths=lengths)
-
-    def length(self, w: Tensor) -> Tensor:
-        """A scalar."""
-        rows = [lengths_of(piece, 1) for _, piece in self._pieces(w)]
-        length: Tensor = torch.linalg.vector_norm(torch.cat(rows))
-        return length
+        return self.rows(dw, into, z, lengths=lengths)
 
 
 @final
@@ -176,14 +131,13 @@ class Convolutions(Form):
         self.product = product
         self.groups = product.groups
 
-    def seen_from_outputs(self, w: Tensor, r: Tensor) -> Tensor:
-        """A kernel of k output channels per group."""
-        return torch.bmm(r, self._features(w)).view(-1, *w.shape[1:])
-
-    def seen_from_inputs(self, w: Tensor, v: Tensor) -> Tensor:
-        """A kernel of k input channels per group."""
-        by_group = w.reshape(self.groups, -1, w.shape[1], prod(w.shape[2:])).to(self.work)
-        return torch.einsum("gkc,goct->gokt", v, by_group).reshape(w.shape[0], -1, *w.shape[2:])
+    def weight(self, w: Tensor, r: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A kernel of k output channels per group, one of k input channels per group, (groups, 1)."""
+        features = self._features(w)
+        from_outputs = torch.bmm(r, features).view(-1, *w.shape[1:])
+        by_group = features.view(*features.shape[:2], w.shape[1], prod(w.shape[2:]))
+        from_inputs = torch.einsum("gkc,goct->gokt", v, by_group).reshape(w.shape[0], -1, *w.shape[2:])
+        return from_outputs, from_inputs, torch.linalg.vector_norm(lengths_of(features, 2), dim=1, keepdim=True)
 
     def as_kernel(self, z: Tensor, w: tuple[int, ...]) -> Tensor:
         """A kernel of k output channels per group."""
@@ -196,7 +150,7 @@ class Convolutions(Form):
         kernel = torch.cat(split, 1).flatten(0, 1)
         ones = kernel.new_ones(self.groups, 1, *taps)
         sums, lengths, squares = [], [], kernel.new_zeros(self.groups, dtype=torch.float64)
-        for _, piece in self._pieces(x):
+        for _, piece in pieces(x, self.work):
             sums.append(self._by_group(self._push(piece, kernel)))
             of_pixels = self._squares(piece, partial(self._push, kernel=ones))
             squares += of_pixels.sum((0, 2))
@@ -215,7 +169,7 @@ class Convolutions(Form):
         rows, lengths = [], []
         columns = g.new_zeros(self.groups, 0 if q is None else q.shape[2], features, dtype=self.work)
         squares = g.new_zeros(self.groups, features, dtype=torch.float64)
-        for start, piece in self._pieces(g):
+        for start, piece in pieces(g, self.work):
             if kernel is not None:
                 rows.append(self._by_group(self._pull(piece, kernel, x[2:])))
                 ones = kernel.new_ones(self.groups, 1, *kernel.shape[2:])
@@ -228,26 +182,21 @@ class Convolutions(Form):
         of_rows = None if kernel is None else Sums(torch.cat(rows), torch.cat(lengths))
         return of_rows, None if q is None else Sums(columns, squares.sqrt_())
 
-    def rows(self, answer: Tensor, vectors: Tensor, *, lengths: bool) -> Sums:
+    def rows(self, answer: Tensor, into: Tensor | None, vectors: Tensor, *, lengths: bool) -> Sums:
         """Sums (N, groups, k, pixels)."""
         sums, norms = [], []
-        for _, piece in self._pieces(answer):
+        for _, piece in pieces(answer, self.work, into):
             by_group = self._by_group(piece)
             sums.append(vectors @ by_group)
             pixels = (len(piece), self.groups, by_group.shape[3])
             norms.append(lengths_of(by_group, 2) if lengths else by_group.new_zeros(pixels, dtype=torch.float64))
         return Sums(torch.cat(sums), torch.cat(norms))
 
-    def features(self, dw: Tensor, z: Tensor, *, lengths: bool) -> Sums:
+    def features(self, dw: Tensor, into: Tensor | None, z: Tensor, *, lengths: bool) -> Sums:
         """Sums (groups, k, m/groups)."""
-        by_group = self._features(dw)
+        by_group = self._features(dw if into is None else into.copy_(dw))
         sums = z @ by_group.mT
         return Sums(sums, lengths_of(by_group, 2) if lengths else sums.new_zeros((), dtype=torch.float64))
-
-    def length(self, w: Tensor) -> Tensor:
-        """(groups, 1)."""
-        length: Tensor = torch.linalg.vector_norm(lengths_of(self._features(w), 2), dim=1, keepdim=True)
-        return length
 
     def _features(self, w: Tensor) -> Tensor:
         """A weight as (groups, output features of a group, elements of one)."""

@@ -74,10 +74,12 @@ class Sketch:
         self._form = Matrices(torch.float64)
         self._r, self._v = self.check.r.double(), self.check.v.double()
         self._unmasked: tuple[Mask, Mask, Tensor, Tensor] | None = None
-        self._w = self._seen(w_masked)
-        self._state = {name: self._seen(kept) for name, kept in (state or {}).items()}
-        self._gradient = None if gradient is None else self._seen(gradient)
-        self._longest = 0.0 if gradient is None else float(self._form.length(gradient))
+        self._w, _ = self._seen(w_masked)
+        self._state = {name: self._seen(kept)[0] for name, kept in (state or {}).items()}
+        self._gradient: Tensor | None = None
+        self._longest = 0.0
+        if gradient is not None:
+            self._gradient, self._longest = self._seen(gradient)
         self._missed = float(self.check.length) ** 2 - self._length(self._w) ** 2
         self._errors = torch.zeros(3, 3, dtype=torch.float64)
         self._change, self._alike = torch.zeros_like(self._w), torch.zeros_like(self._w[0])
@@ -161,10 +163,11 @@ class Sketch:
         expected = {"w": self._w, "gradient": self._gradient, **self._state}.get(name)
         if expected is None:
             raise ValueError(f"no {name!r} is kept of this weight")
-        off = self._seen(fetched) - expected
+        seen, norm = self._seen(fetched)
+        off = seen - expected
         features = self._split(off)[1].norm(dim=0)
         residual = max(float(part.norm()) for part in self._split(off))
-        length = self._form.length(fetched)
+        length = torch.tensor(norm, dtype=torch.float64)
         own = Rounding(sum(fetched.shape), 1, torch.float64, torch.float64).error_norm(length, length)
         tolerance = threshold(self.check.vectors) * hypot(float(own), self._drift(name))
         row = (int(features.argmax()),)
@@ -193,10 +196,10 @@ class Sketch:
         low, high = self.bounds()
         return low <= norm <= high
 
-    def _seen(self, masked: Tensor) -> Tensor:
-        """Sketches of ``masked`` (m, d), side by side: (k, d + m)."""
-        parts = self._form.seen_from_outputs(masked, self._r), self._form.seen_from_inputs(masked, self._v)
-        return torch.cat(parts, 1)
+    def _seen(self, masked: Tensor) -> tuple[Tensor, float]:
+        """Sketches of ``masked`` (m, d), side by side, (k, d + m); its Frobenius norm."""
+        from_outputs, from_inputs, length = self._form.weight(masked, self._r, self._v)
+        return torch.cat([from_outputs, from_inputs], 1), float(length)
 
     def _split(self, seen: Tensor) -> tuple[Tensor, ...]:
         """``seen`` from outputs (k, d), and from inputs (k, m)."""

@@ -1,0 +1,66 @@
+#include <stdexcept>
+
+#include "bind.h"
+
+namespace {
+
+using tempo::Sums;
+using Matrix = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
+template <typename T>
+using Line = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <typename T>
+using Lines = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void require(bool holds, const char *what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+// Fills `of_rows` and `row_lengths`; where `q` is given, `of_columns` and `column_lengths` too.
+void sums(const Matrix &x, const std::optional<Matrix> &copy, const Lines<const float> &v, const Lines<float> &of_rows,
+          const Line<double> &row_lengths, const std::optional<Lines<const float>> &q,
+          const std::optional<Lines<float>> &of_columns, const std::optional<Line<double>> &column_lengths) {
+    Sums s{};
+    s.x = x.data();
+    s.half = tempo::is_bfloat16(x.dtype());
+    require(s.half || x.dtype() == nb::dtype<float>(), "a matrix is float32 or bfloat16");
+    s.rows = int64_t(x.shape(0)), s.columns = int64_t(x.shape(1)), s.stride = x.stride(0);
+    require(s.columns <= 1 || x.stride(1) == 1, "rows have to be contiguous");
+    if (copy) {
+        require(copy->dtype() == x.dtype() && int64_t(copy->shape(0)) == s.rows && int64_t(copy->shape(1)) == s.columns,
+                "a copy has to be like the matrix");
+        require((s.columns <= 1 || copy->stride(1) == 1) && (s.rows <= 1 || copy->stride(0) == s.columns),
+                "a copy has to be contiguous");
+        s.copy = copy->data();
+    }
+    s.vectors = int(v.shape(0)), s.v = v.data(), s.of_rows = of_rows.data(), s.row_lengths = row_lengths.data();
+    require(int64_t(v.shape(1)) == s.columns, "vectors have to be as long as rows");
+    require(of_rows.shape(0) == v.shape(0) && int64_t(of_rows.shape(1)) == s.rows, "sums have to be one per vector and row");
+    require(int64_t(row_lengths.shape(0)) == s.rows, "lengths have to be one per row");
+    if (q) {
+        require(of_columns && column_lengths, "sums of columns have to go somewhere");
+        s.by_column = true;
+        s.weights = int(q->shape(0)), s.q = q->data();
+        s.of_columns = of_columns->data(), s.column_lengths = column_lengths->data();
+        require(int64_t(q->shape(1)) == s.rows, "weights have to be as long as columns");
+        require(of_columns->shape(0) == q->shape(0) && int64_t(of_columns->shape(1)) == s.columns,
+                "sums have to be one per weight and column");
+        require(int64_t(column_lengths->shape(0)) == s.columns, "lengths have to be one per column");
+    }
+    nb::gil_scoped_release release;
+    std::vector<float> packed(packed_floats(s));
+    std::vector<double> totals(totals_doubles(s));
+    s.packed = packed.data(), s.totals = totals.data();
+    tempo::active->sums(s);
+}
+
+}  // namespace
+
+namespace tempo {
+
+void bind_sums(nb::module_ &m) {
+    m.def("sums", &::sums, nb::arg("x"), nb::arg("copy").none(), nb::arg("v"), nb::arg("of_rows"),
+          nb::arg("row_lengths"), nb::arg("q").none() = nb::none(), nb::arg("of_columns").none() = nb::none(),
+          nb::arg("column_lengths").none() = nb::none());
+}
+
+}  // namespace tempo

@@ -1,0 +1,40 @@
+// What sums of a matrix are made of: products with secret vectors on either side, and lengths.
+#pragma once
+
+#include <cstdint>
+
+namespace tempo {
+
+constexpr int kVectorsAtOnce = 8;  // more are taken in turns
+constexpr int kWidest = 16;        // lanes of the longest vector of any instruction set
+
+// `x` is (rows, columns), float32 or bfloat16, its rows contiguous and `stride` elements apart.
+struct Sums {
+    const void *x;
+    bool half;
+    int64_t rows, columns, stride;
+
+    void *copy;  // like `x` but without gaps, or null; all below is then of what was copied, not of `x` read again
+
+    int vectors;          // with each row
+    const float *v;       // (vectors, columns)
+    float *of_rows;       // (vectors, rows): v xᵀ
+    double *row_lengths;  // (rows)
+
+    bool by_column;          // whether the following is wanted
+    int weights;             // with each column
+    const float *q;          // (weights, rows)
+    float *of_columns;       // (weights, columns): q x
+    double *column_lengths;  // (columns)
+
+    float *packed;    // memory for `packed_floats` numbers
+    double *totals;   // memory for `totals_doubles` numbers, if `by_column`
+};
+
+inline int64_t padded(int64_t columns) { return (columns + kWidest - 1) / kWidest * kWidest; }
+inline int64_t packed_floats(const Sums &s) {
+    return padded(s.columns) * (s.vectors + (s.by_column ? s.weights + 1 : 0));
+}
+inline int64_t totals_doubles(const Sums &s) { return s.by_column ? padded(s.columns) * (s.weights + 1) : 0; }
+
+}  // namespace tempo
