@@ -151,13 +151,13 @@ def test_answers_are_checked_in_memory_that_the_worker_cannot_change(monkeypatch
         model = session.protect(nn.Linear(16, 8))
         engine = session._engine
         shared = []
-        own = engine.links[0].own
+        private = engine.links[0].private
 
-        def owned(reply):
+        def copied(reply):
             shared.append(reply)
-            return own(reply)
+            return private(reply)
 
-        monkeypatch.setattr(engine.links[0], "own", owned)
+        monkeypatch.setattr(engine.links[0], "private", copied)
         judge = engine.verifier.judge
 
         def judged(*arguments):
