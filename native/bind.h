@@ -24,6 +24,7 @@ inline bool is_bfloat16(nb::dlpack::dtype dtype) {
     return dtype.code == uint8_t(nb::dlpack::dtype_code::Bfloat) && dtype.bits == 16 && dtype.lanes == 1;
 }
 
+void bind_haar(nb::module_ &m);
 void bind_sandwich(nb::module_ &m);
 void bind_sums(nb::module_ &m);
 

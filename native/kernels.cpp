@@ -1,6 +1,7 @@
 // All kernels for one instruction set, TEMPO_ISA.
 #include "table.h"
 
+#include "haar.h"
 #include "sandwich.h"
 #include "sums.h"
 
@@ -14,6 +15,8 @@ const Table &table() {
         .name = TEMPO_NAME(TEMPO_ISA),
         .sandwich = sandwich,
         .sums = sums,
+        .gaussians = gaussians,
+        .orthogonal = orthogonal,
     };
     return found;
 }

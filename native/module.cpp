@@ -43,6 +43,7 @@ NB_MODULE(_kernels, m) {
     });
     m.def("selected", [] { return std::string(tempo::active->name); });
     m.def("select", &choose);
+    tempo::bind_haar(m);
     tempo::bind_sandwich(m);
     tempo::bind_sums(m);
 }

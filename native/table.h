@@ -1,6 +1,7 @@
 // What every instruction set provides: `kernels.cpp` is compiled once for each and fills one table.
 #pragma once
 
+#include "haar_types.h"
 #include "sandwich_types.h"
 #include "sums_types.h"
 
@@ -10,6 +11,8 @@ struct Table {
     const char *name;
     void (*sandwich)(const Sandwich &);
     void (*sums)(const Sums &);
+    void (*gaussians)(double *numbers, int64_t half);
+    void (*orthogonal)(const Haar &);
 };
 
 #define TEMPO_FOR_EACH_ISA(apply) apply(generic) apply(avx2) apply(avx512)

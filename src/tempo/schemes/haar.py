@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tempo import kernels
 from tempo.keys import Keystream
 
 
@@ -25,6 +26,10 @@ def uniforms(stream: Keystream, count: int) -> Tensor:
 def gaussians(stream: Keystream, count: int) -> Tensor:
     """``count`` independent standard normal numbers in float64, by Box and Muller."""
     half = (count + 1) // 2
+    if native := kernels.native():
+        words = torch.from_numpy(stream.read(16 * half).view(np.float64))
+        native.gaussians(words)
+        return words[:count]
     numbers = uniforms(stream, 2 * half)
     radius, angle = numbers[:half], numbers[half:]
     radius.log_().mul_(-2).sqrt_()
@@ -43,8 +48,15 @@ def orthogonal(stream: Keystream, count: int, side: int) -> Tensor:
     Gaussian and independent, so each vector that QR would reduce is drawn instead (Stewart, SIAM J. Numer. Anal. 17,
     1980).
     """
+    triangle = side * (side + 1) // 2
+    numbers = gaussians(stream, count * triangle).view(count, triangle)
+    if native := kernels.native():
+        found = numbers.new_empty(count, side, side)
+        native.orthogonal(numbers, found)
+        return found
     # Row k: zeros, then the vector that reflection k turns into a multiple of its first unit vector.
-    x = gaussians(stream, count * side * side).view(count, side, side).triu_()
+    x = numbers.new_zeros(count, side, side)
+    x[:, *torch.triu_indices(side, side)] = numbers
     first = x.diagonal(dim1=1, dim2=2).clone()
     sign = torch.where(first < 0, -1.0, 1.0).to(first.dtype)
     norm = torch.linalg.vector_norm(x, dim=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tempo import kernels
 from tempo.keys import Keystream
 from tempo.schemes import haar
 
@@ -12,6 +13,44 @@ from tempo.schemes import haar
 def stream(name: str) -> Keystream:
     """A fixed key: these tests either always pass or never do."""
     return Keystream(name.encode().ljust(32, b"\0"))
+
+
+@pytest.mark.parametrize("name", kernels.available())
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 16, 100_001])
+def test_gaussians_are_those_of_box_and_muller(count, name):
+    """Of uniforms in the order in which they come: all radii, then all angles."""
+    u = haar.uniforms(stream("gauss"), count + count % 2)
+    radius, angle = (-2 * u[: len(u) // 2].log()).sqrt(), 2 * torch.pi * u[len(u) // 2 :]
+    expected = torch.cat([radius * angle.sin(), radius * angle.cos()])[:count]
+    with kernels.using(name):
+        torch.testing.assert_close(haar.gaussians(stream("gauss"), count), expected, rtol=0, atol=2e-14)
+
+
+def test_gaussians_far_out_are_as_exact():
+    """The smallest and the largest uniform numbers, at every eighth of a turn."""
+    words = torch.tensor([0, -1, 1 << 12, -1 << 12], dtype=torch.int64).repeat_interleave(8)
+    angles = torch.arange(8).mul(1 << 60).mul(2).repeat(4)
+    expected = None
+    for name in reversed(kernels.available()):
+        with kernels.using(name):
+
+            class Known(Keystream):
+                def read(self, count):
+                    return torch.cat([words, angles]).numpy().view("uint8")
+
+            found = haar.gaussians(Known(bytes(32)), 64)
+        expected = found if expected is None else expected  # PyTorch's
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-14)
+    assert float(expected.abs().max()) > 8
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 16, 33])
+def test_orthogonal_blocks_are_the_same_with_every_instruction_set(side):
+    with kernels.using(kernels.TORCH):
+        expected = haar.orthogonal(stream("same"), 19, side)
+    for name in kernels.available():
+        with kernels.using(name):
+            torch.testing.assert_close(haar.orthogonal(stream("same"), 19, side), expected, rtol=0, atol=1e-13)
 
 
 def test_gaussians_have_the_moments_of_gaussians():
