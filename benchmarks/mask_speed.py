@@ -17,6 +17,7 @@ from tempo.engine.memory import keep_heap
 from tempo.keys import KeySchedule
 from tempo.schemes.base import Problem, Target
 from tempo.schemes.masks import Mask, Masks, draw, draw_blocks
+from tempo.schemes.reply import Passed
 from tempo.settings import parse
 from tempo.wire.messages import Linear
 
@@ -71,13 +72,13 @@ def whole_schemes(rows: int, features: int) -> None:
             done()
             source = weight.encode_input(x, keys.fresh(1, "x"), target, empty, lambda: w)
             done()
-            source.decode_output({0: reply}, [features])
+            source.decode_output({0: Passed(reply)}, [features])
             done()
             gradient = source.encode_gradient(g, keys.fresh(1, "g"), empty, lambda: x, lambda: w, want_dw=True)
             done()
-            gradient.decode_input_gradient({0: reply})
+            gradient.decode_input_gradient({0: Passed(reply)})
             done()
-            gradient.decode_weight_gradient({0: w}, [features])
+            gradient.decode_weight_gradient({0: Passed(w)}, [features])
             done()
             for part, start, end in zip(parts, marks, marks[1:], strict=False):
                 times[label][part].append(end - start)

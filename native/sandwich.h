@@ -10,6 +10,7 @@
 
 #include "sandwich_types.h"
 #include "simd.h"
+#include "watch.h"
 
 namespace tempo::TEMPO_ISA {
 
@@ -248,6 +249,12 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
     float *scales = rows && rows->scale ? scratch(3, size_t(total) + kLine) : nullptr;
     if (scales) std::copy(rows->scale, rows->scale + total, scales);
 
+    Watch *watch = round == 0 ? s.watch : nullptr;
+    const int kinds = watch ? watch->vectors + 1 : 0;
+    float *totals = watch ? scratch(7, size_t(kinds) * (size_t(most) * kLanes + kLine + padded(width))) : nullptr;
+    float *packed = totals + size_t(kinds) * (size_t(most) * kLanes + kLine);
+    if (watch && mixes) pack(watch->v_by, watch->vectors, width, packed);
+
     for (int t = 0; t < tiles; ++t) {
         const int start = mixes ? rows->blocks[round][t].start : t * height;
         const int side = mixes ? rows->blocks[round][t].side : std::min(height, total - start);
@@ -255,15 +262,34 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
         const int64_t offset = batch * x.batch_stride;
         if (!mixes && x.half) read_tile(static_cast<const uint16_t *>(x.data) + offset, x.row_stride, width, tile, lines);
         if (!mixes && !x.half) read_tile(static_cast<const float *>(x.data) + offset, x.row_stride, width, tile, lines);
+        if (watch && !mixes)
+            for (int lane = 0; lane < tile.lanes; lane += kLine) {
+                const int used = std::min(kLine, tile.lanes - lane);
+                with_count(watch->vectors, [&](auto k) {
+                    watch_panel<decltype(k)::value>(lines.at(lane), used, kLine, width, watch->v, totals);
+                });
+                for (int i = lane; i < std::min(lane + kLine, tile.rows); ++i)
+                    watched(*watch, tile.from[i], total, totals + i - lane, kLine);
+            }
+        if (watch && mixes) std::fill(totals, totals + int64_t(side) * kinds * kLanes, 0.0f);
         for (int column = 0; mixes && column < width; column += kChunk) {
             const int some = std::min(kChunk, width - column);
             if (x.half)
                 read_chunk(static_cast<const uint16_t *>(x.data) + offset, x.row_stride, column, some, tile, chunk);
             else
                 read_chunk(static_cast<const float *>(x.data) + offset, x.row_stride, column, some, tile, chunk);
+            if (watch)
+                with_count(watch->vectors, [&](auto k) {
+                    watch_chunk<decltype(k)::value>(chunk, side, kChunk, some, packed + column * watch->vectors, totals);
+                });
             mix_rows(rows->blocks[round][t], chunk, mixed, some);
             const Lines here{lines.data + column * kLine, lines.panel};
             read_tile(mixed, kChunk, some, Tile{side, tile.lanes, numbers, nullptr}, here);
+        }
+        for (int row = 0; watch && mixes && row < side; ++row) {
+            float sums[kVectorsAtOnce + 1];
+            for (int k = 0; k < kinds; ++k) sums[k] = sum(load(totals + (int64_t(row) * kinds + k) * kLanes));
+            watched(*watch, tile.from[row], total, sums, 1);
         }
         for (int r = 0; columns && r < columns->rounds; ++r) {
             for (int b = 0; b < columns->counts[r]; ++b) {

@@ -43,12 +43,25 @@ struct Piece {
 // Memory to work in, kept between calls: fresh memory would cost a page fault for every 4 KiB.
 float *scratch(int which, size_t floats);
 
+// Sums of the rows of what is read, at most 8 with each.
+struct Watch {
+    int vectors;
+    const float *v;     // (columns, vectors)
+    const float *v_by;  // (vectors, columns), the same
+    float *sums;        // (vectors, rows)
+    double *lengths;    // (rows)
+    // Whether all squares were within float's range, and the largest sum of squares.
+    bool finite;
+    float longest;
+};
+
 struct Sandwich {
     Matrices x;
     const Operator *rows;     // null: the identity
     const Operator *columns;  // null: the identity
     const Piece *pieces;
     int count;
+    Watch *watch;  // or null; only of a single matrix
 };
 
 }  // namespace tempo

@@ -165,14 +165,16 @@ void flush(const Sums &s, const T *x, int64_t stride, int64_t start, int64_t end
     }
 }
 
+// For every vector of columns, its part of each of `count` vectors side by side.
+inline void pack(const float *v, int count, int64_t columns, float *to) {
+    for (int64_t column = 0; column < columns; column += kLanes)
+        for (int k = 0; k < count; ++k, to += kLanes) store(to, load_some(v + k * columns + column, columns - column));
+}
+
 inline void pack(const Sums &s) {
-    const int64_t width = padded(s.columns);
     for (int first = 0; first < s.vectors; first += kVectorsAtOnce) {
         const int some = s.vectors - first < kVectorsAtOnce ? s.vectors - first : kVectorsAtOnce;
-        float *to = s.packed + first * width;
-        for (int64_t column = 0; column < s.columns; column += kLanes)
-            for (int k = 0; k < some; ++k, to += kLanes)
-                store(to, load_some(s.v + (first + k) * s.columns + column, s.columns - column));
+        pack(s.v + first * s.columns, some, s.columns, s.packed + first * padded(s.columns));
     }
 }
 

@@ -23,6 +23,7 @@ from tempo.engine.geometry import output_shape
 from tempo.engine.memory import keep_heap
 from tempo.keys import KeySchedule
 from tempo.schemes.base import Problem, Target
+from tempo.schemes.reply import Passed
 from tempo.settings import Settings
 from tempo.verify.checks import WeightCheck
 from tempo.wire.messages import Conv, Linear, Product
@@ -101,13 +102,13 @@ def mask(clock: Clock, product: Product, tensors: dict[str, Tensor], keys: KeySc
     sent_x, sent_w = (source.operands[0].tensors["x"].shape, weight.operands[0].tensors["w"].shape)
     y, dx, dw = (torch.randn(s).to(x.dtype) for s in (output_shape(product, sent_x, sent_w), sent_x, sent_w))
     clock.start("mix")
-    source.decode_output({0: y}, [len(w)])
+    source.decode_output({0: Passed(y)}, [len(w)])
     clock.done("y")
     gradient = source.encode_gradient(g, keys.fresh(1, "g"), empty, lambda: x, lambda: w, want_dw=True)
     clock.done("g")
-    gradient.decode_input_gradient({0: dx})
+    gradient.decode_input_gradient({0: Passed(dx)})
     clock.done("dx")
-    gradient.decode_weight_gradient({0: dw}, [len(w)])
+    gradient.decode_weight_gradient({0: Passed(dw)}, [len(w)])
     clock.done("dw")
 
 

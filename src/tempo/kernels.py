@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Final
 
+import torch
+
 from tempo.errors import SettingsError
 
 try:
@@ -19,6 +21,8 @@ except ImportError:  # installed without a compiler
     _kernels = None  # type: ignore[assignment]
 
 TORCH: Final = "torch"
+DTYPES: Final = (torch.float32, torch.bfloat16)
+"""Of the matrices that kernels read and write."""
 _chosen = os.environ.get("TEMPO_KERNELS", "") or None
 
 

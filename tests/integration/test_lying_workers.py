@@ -14,7 +14,9 @@ import torch
 from small_job import network
 from torch import nn
 
+from tempo import kernels
 from tempo.engine.link import Link
+from tempo.engine.reply import Received
 from tempo.errors import ProtectionWarning, WorkerLiedError, WorkerRefusedError
 from tempo.session import Session
 from tempo.settings import Settings, parse
@@ -145,26 +147,29 @@ def test_nothing_derived_from_a_wrong_answer_is_sent():
         assert link._lost is not None
 
 
-def test_answers_are_checked_in_memory_that_the_worker_cannot_change(monkeypatch):
-    """Right at the check, wrong right after: what is used is what was checked."""
-    with session_with("") as session:
-        model = session.protect(nn.Linear(16, 8))
-        engine = session._engine
-        shared = []
-        private = engine.links[0].private
+@pytest.mark.parametrize("instructions", kernels.available())
+def test_what_is_used_is_what_was_checked(instructions, monkeypatch):
+    """Right when it is read, wrong right after: a worker can write to shared memory at any time."""
+    shared = []
 
-        def copied(reply):
-            shared.append(reply)
-            return private(reply)
+    class Shared(Received):
+        def __init__(self, engine, worker, name, tensor, *more):
+            super().__init__(engine, worker, name, tensor, *more)
+            shared.append(tensor)
 
-        monkeypatch.setattr(engine.links[0], "private", copied)
-        judge = engine.verifier.judge
+    monkeypatch.setattr("tempo.engine.batch.Received", Shared)
+    with kernels.using(instructions), session_with("") as session:
+        model, plain = session.protect(nn.Linear(16, 8)), nn.Linear(16, 8)
+        plain.load_state_dict(model.state_dict())
+        judge = session._engine.verifier.judge
 
         def judged(*arguments):
-            judge(*arguments)
             shared[-1].zero_()  # the worker, at the worst moment
+            judge(*arguments)
 
-        monkeypatch.setattr(engine.verifier, "judge", judged)
-        x = torch.randn(4, 16)
-        torch.testing.assert_close(model(x), nn.functional.linear(x, model.weight, model.bias), rtol=1e-4, atol=1e-5)
-        assert shared
+        monkeypatch.setattr(session._engine.verifier, "judge", judged)
+        x, again = torch.randn(20, 16, requires_grad=True), torch.randn(20, 8)
+        expected = torch.autograd.grad(plain(x), [x, *plain.parameters()], again)
+        found = torch.autograd.grad(model(x), [x, *model.parameters()], again)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert len(shared) == 3

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from tempo.engine.reply import Received
 from tempo.errors import WorkerError, WorkerLostError
 from tempo.schemes.base import Operand
-from tempo.verify.checks import Residual
+from tempo.schemes.reply import Reply
+from tempo.verify.checks import AnswerCheck
 from tempo.wire.messages import Backward, Fetch, Forward, Store, Update
 
 if TYPE_CHECKING:
     from tempo.engine.engine import Engine
 
-Check = Callable[[Tensor, Tensor | None], Residual]
-"""Judges an answer, and copies it in the same pass if there is somewhere to."""
 Wants = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -44,7 +44,7 @@ class Batch:
         self.name = name
         self.layer = layer
         self.posted: dict[int, Posted] = {}
-        self._checks: dict[tuple[str, int], Check] = {}
+        self._checks: dict[tuple[str, int], AnswerCheck] = {}
         self._failed: dict[str, WorkerError] = {}
         self._futures: dict[str, dict[int, Future[Any]]] = {}
         # A gradient may never be asked for; its buffer is then given back with the next batch.
@@ -55,7 +55,7 @@ class Batch:
         send: Operand,
         message: type[Store | Forward | Backward | Update | Fetch],
         wants: Wants,
-        checks: Mapping[str, Check] | None = None,
+        checks: Mapping[str, AnswerCheck] | None = None,
         **fields: Any,
     ) -> None:
         """Send ``message`` with the tensors of ``send`` to its worker; its answers, ``wants``, must pass ``checks``."""
@@ -82,60 +82,47 @@ class Batch:
         return all(future.done() for future in self._futures[name].values())
 
     @contextmanager
-    def replies(self, name: str) -> Iterator[dict[int, Tensor]]:
+    def replies(self, name: str) -> Iterator[dict[int, Reply]]:
         """The workers' answers called ``name``, to be decoded inside the context; their buffers are reused after it.
 
         Raises:
-            WorkerError: A worker failed, did not answer in time, or answered something else than the product; names
-                the layer and the worker.
+            WorkerError: A worker failed, did not answer in time, or answered something else than the product, which
+                shows when it is decoded; names the layer and the worker.
         """
         engine = self.engine
         if name in self._failed:
             raise self._failed[name].bare()
-        replies: dict[int, Tensor] = {}
+        received: dict[int, Received] = {}
         try:
-            self._receive(name, replies)
+            self._receive(name, received)
             with engine.stats.timed("mask"):
-                yield replies
+                yield dict(received)
             engine.stats.decryptions[name if name in engine.stats.decryptions else "w"] += 1
         except WorkerError as error:
             self._failed[name] = error.bare()
             raise
         finally:
-            for worker, tensor in replies.items():
-                engine.links[worker].release(tensor)
+            for reply in received.values():
+                reply.release()
 
-    def _receive(self, name: str, replies: dict[int, Tensor]) -> None:
-        """Await and check the answers called ``name``; ``replies`` has what was received, even if a later one fails."""
+    def _receive(self, name: str, received: dict[int, Received]) -> None:
+        """Await the answers called ``name``; ``received`` has those that came, even if a later one does not."""
         engine, futures = self.engine, self._futures[name]
-        start, checking = time.perf_counter(), engine.stats.seconds["verify"]
+        start = time.perf_counter()
         before = {worker: engine.links[worker].worker_nanoseconds for worker in futures}
         for worker in list(futures):
-            with self._named(worker):
+            named = partial(self._named, worker)
+            with named():
                 # Out of the batch whatever comes: what is left in it when something fails is given back with it.
-                replies[worker] = futures.pop(worker).result(timeout=engine.settings.request_timeout)
-                self._check(name, worker, replies)
-        waited = time.perf_counter() - start - (engine.stats.seconds["verify"] - checking)
+                tensor = futures.pop(worker).result(timeout=engine.settings.request_timeout)
+            check = self._checks.pop((name, worker), None)
+            received[worker] = Received(engine, worker, name, tensor, check, named)
+        waited = time.perf_counter() - start
         computing = (
             max(engine.links[worker].worker_nanoseconds - nanoseconds for worker, nanoseconds in before.items()) / 1e9
         )
         engine.stats.seconds["worker"] += min(waited, computing)
         engine.stats.seconds["wire"] += max(0.0, waited - computing)
-
-    def _check(self, name: str, worker: int, replies: dict[int, Tensor]) -> None:
-        engine, check = self.engine, self._checks.pop((name, worker), None)
-        if check is None:
-            return
-        link = engine.links[worker]
-        with engine.stats.timed("verify"):
-            reply, into = replies[worker], link.private(replies[worker])
-            try:
-                residual = check(reply, into)
-            finally:
-                if into is not None:  # a worker can write to shared memory at any time: what was judged is used
-                    replies[worker] = into
-                    link.release(reply)
-        engine.verifier.judge(str(link.address), engine.step, name, replies[worker], residual)
 
     @contextmanager
     def _named(self, worker: int) -> Iterator[None]:

@@ -125,7 +125,7 @@ class Call:
             wants = {"y": (output_shape(kind, shape_x, shape_w), operand.tensors["x"].dtype)}
             check = self.checks.get(operand.worker)
             fields: dict[str, Any] = {"weight": self.stored.number, "operand": self.operand, "product": kind}
-            batch.post(operand, Forward, wants, {"y": check.output} if check else None, **fields)
+            batch.post(operand, Forward, wants, {"y": check.output_check()} if check else None, **fields)
             engine.stats.flops_offloaded += flops(kind, shape_x, shape_w)
         self.stored.confirm()
         with batch.replies("y") as replies:
@@ -254,11 +254,11 @@ class Call:
             if answered:
                 wants["dw"] = (shape_w, dtype)
             check = checks.get(operand.worker)
-            by_name = {"dx": check.input_gradient, "dw": check.weight_gradient} if check else {}
+            by_name = {"dx": check.input_gradient_check, "dw": check.weight_gradient_check} if check else {}
             fields: dict[str, Any] = {"weight": self.stored.number, "operand": self.operand, "product": kind}
             accumulate = {} if residence is None else {"accumulate": True}
             batch.post(
-                operand, Backward, wants, {name: by_name[name] for name in wants if check}, **fields, **accumulate
+                operand, Backward, wants, {name: by_name[name]() for name in wants if check}, **fields, **accumulate
             )
             engine.stats.flops_offloaded += (want_dx + want_dw) * flops(kind, shape_x, shape_w)
         self._confirm()

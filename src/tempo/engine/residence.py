@@ -19,6 +19,7 @@ from tempo.engine.away import bring_back, put_away, residence_of
 from tempo.engine.stored import StoredWeight
 from tempo.errors import SchemeError, WeightsLostError, WorkerError
 from tempo.schemes.base import Operand, Target, UpdatableWeight
+from tempo.verify.checks import AnswerCheck
 from tempo.verify.sketch import Sketch
 from tempo.wire.messages import Fetch, Rule, Update
 from tempo.worker.update import states
@@ -257,12 +258,14 @@ class Residence:
         """Have the worker send what it keeps, and check it against the sketches."""
         engine = self.product.engine
         batch = engine.batch(self.product)
-        checks = {name: partial(self.sketch.compare, name) for name in wants if self.sketch and name != "norm"}
+        checks = {
+            name: AnswerCheck(partial(self.sketch.compare, name)) for name in wants if self.sketch and name != "norm"
+        }
         batch.post(self._bare, Fetch, dict(wants), checks, weight=self.stored.number)
         fetched = {}
         for name in wants:
             with batch.replies(name) as replies:
-                fetched[name] = replies[self.target.worker].clone()
+                fetched[name] = replies[self.target.worker].checked().clone()
         return fetched
 
     def _restore(self, plain: Mapping[str, Tensor]) -> None:

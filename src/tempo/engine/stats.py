@@ -36,14 +36,17 @@ class Stats:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Add the time spent inside to ``seconds[what]``."""
+        """Add the time spent inside to ``seconds[what]``, but for what is timed in there by itself."""
         start = time.perf_counter()
         self.running.append(what)
         try:
             yield
         finally:
             self.running.pop()
-            self.seconds[what] += time.perf_counter() - start
+            took = time.perf_counter() - start
+            self.seconds[what] += took
+            if self.running:
+                self.seconds[self.running[-1]] -= took
 
     def copy(self) -> Stats:
         """An independent copy."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from tempo.keys import Key
+from tempo.schemes.reply import Reply
 from tempo.settings import Settings
 from tempo.wire.messages import Conv, Product, Rule
 
@@ -110,11 +111,11 @@ class EncodedGradient(ABC):
         return True
 
     @abstractmethod
-    def decode_input_gradient(self, replies: dict[int, Tensor]) -> Tensor:
+    def decode_input_gradient(self, replies: dict[int, Reply]) -> Tensor:
         """``dX`` from the workers' ``dx``, keyed by worker."""
 
     @abstractmethod
-    def decode_weight_gradient(self, replies: dict[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def decode_weight_gradient(self, replies: dict[int, Reply], sizes: Sequence[int]) -> list[Tensor]:
         """``dW`` from the workers' ``dw``, in pieces of ``sizes`` output features."""
 
 
@@ -129,7 +130,7 @@ class EncodedInput(ABC):
 
     @abstractmethod
     def decode_output(
-        self, replies: dict[int, Tensor], sizes: Sequence[int], biases: Sequence[Tensor | None] | None = None
+        self, replies: dict[int, Reply], sizes: Sequence[int], biases: Sequence[Tensor | None] | None = None
     ) -> list[Tensor]:
         """``Y`` from the workers' ``y``, keyed by worker, in pieces of ``sizes`` features, each plus its bias."""
 

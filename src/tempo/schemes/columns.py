@@ -25,6 +25,7 @@ from tempo.schemes.base import (
     Recall,
     Target,
 )
+from tempo.schemes.reply import Reply
 from tempo.schemes.sandwich import add_biases
 
 EncodeWeight = Callable[[Problem, Tensor, Key, Sequence[Target], Empty], EncodedWeight]
@@ -109,7 +110,7 @@ class DividedInput(EncodedInput):
         raise KeyError(worker)
 
     def decode_output(
-        self, replies: dict[int, Tensor], sizes: Sequence[int], biases: Sequence[Tensor | None] | None = None
+        self, replies: dict[int, Reply], sizes: Sequence[int], biases: Sequence[Tensor | None] | None = None
     ) -> list[Tensor]:
         """Put each part's columns where they belong."""
         pieces = [part.decode_output(_of(replies, part.operands), [len(columns)])[0] for columns, part in self.parts]
@@ -136,14 +137,14 @@ class DividedGradient(EncodedGradient):
         self.parts = parts
         self.operands = [o for columns, part in parts for o in _addressed(part.operands, columns)]
 
-    def decode_input_gradient(self, replies: dict[int, Tensor]) -> Tensor:
+    def decode_input_gradient(self, replies: dict[int, Reply]) -> Tensor:
         """The sum of the parts'."""
         first, *others = (part.decode_input_gradient(_of(replies, part.operands)) for _, part in self.parts)
         for other in others:
             first += other
         return first
 
-    def decode_weight_gradient(self, replies: dict[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def decode_weight_gradient(self, replies: dict[int, Reply], sizes: Sequence[int]) -> list[Tensor]:
         """Put each part's rows where they belong."""
         pieces = [
             part.decode_weight_gradient(_of(replies, part.operands), [len(columns)])[0] for columns, part in self.parts
@@ -151,7 +152,7 @@ class DividedGradient(EncodedGradient):
         return _merged([columns for columns, _ in self.parts], pieces, 0, sizes)
 
 
-def _of(replies: dict[int, Tensor], operands: Sequence[Operand]) -> dict[int, Tensor]:
+def _of(replies: dict[int, Reply], operands: Sequence[Operand]) -> dict[int, Reply]:
     return {operand.worker: replies[operand.worker] for operand in operands}
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from tempo.keys import Keystream
 from tempo.schemes import haar
 from tempo.schemes.operators import Blocks, Gather, Operator, inverse_index
+from tempo.schemes.reply import Watch
 from tempo.schemes.sandwich import sandwich
 
 
@@ -207,13 +208,21 @@ class Masks:
         sandwich(plain, getattr(self, rows).operator(row_form), getattr(self, columns).operator(column_form), [out])
 
     def decode(
-        self, role: Role, masked: Tensor, outs: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None
+        self,
+        role: Role,
+        masked: Tensor,
+        outs: Sequence[Tensor],
+        biases: Sequence[Tensor | None] | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        """Write the plain form of ``masked`` into ``outs``: consecutive pieces by output features, plus ``biases``."""
+        """Write the plain form of ``masked`` into ``outs``: consecutive pieces by output features, plus ``biases``.
+
+        ``watch`` sees what is read of ``masked``: see `tempo.schemes.sandwich.sandwich`.
+        """
         row_mask, row_form, column_mask, column_form = _FORMS[role]
         rows: Operator | None = getattr(self, row_mask).operator(row_form.undo)
         columns: Operator | None = getattr(self, column_mask).operator(column_form.undo)
-        sandwich(masked, rows, columns, outs, 0 if role == "dw" else 1, biases)
+        sandwich(masked, rows, columns, outs, 0 if role == "dw" else 1, biases, watch)
 
 
 def _unsigned(mask: Mask) -> Mask:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -12,11 +11,10 @@ from torch import Tensor
 from tempo import kernels
 from tempo.schemes.block_sandwich import block_sandwich
 from tempo.schemes.operators import Gather, Operator, work_dtype
+from tempo.schemes.reply import Watch
 
 _CHUNK = 1 << 18
 """Elements handled at a time, so that the passes of one chunk stay in the second-level cache."""
-
-_NATIVE: Final = (torch.float32, torch.bfloat16)
 
 
 def sandwich(
@@ -26,6 +24,7 @@ def sandwich(
     outs: Sequence[Tensor],
     axis: int = 1,
     biases: Sequence[Tensor | None] | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Write ``rows · x · columnsᵀ``, at every position of further axes; None is the identity.
 
@@ -39,12 +38,13 @@ def sandwich(
         outs: Where to write: consecutive pieces of the result along ``axis``.
         axis: 0 or 1.
         biases: What to add to every row of each piece, one number for each of its columns; None: nothing.
+        watch: What to sum of the rows of ``x``, which then is read once, if it is ``seen``; only of matrices.
     """
     if all(out.numel() == 0 for out in outs):
         return
     biases = biases or [None] * len(outs)
     native = kernels.native()
-    if native is not None and _in_kernel(native, x, rows, columns, outs, axis, biases):
+    if native is not None and _in_kernel(native, x, rows, columns, outs, axis, biases, watch):
         return
     if axis == 0 and len(outs) > 1:
         whole = torch.empty(sum(len(out) for out in outs), *x.shape[1:], dtype=outs[0].dtype)
@@ -71,19 +71,23 @@ def _in_kernel(
     outs: Sequence[Tensor],
     axis: int,
     biases: Sequence[Tensor | None],
+    watch: Watch | None,
 ) -> bool:
     """Have the native kernel do it, where it can: matrices, or channels that lie side by side in memory."""
     if columns is not None and columns.size != x.shape[1]:
         return False
     tensors = [x, *outs]
-    if any(t.dtype not in _NATIVE or not t.is_cpu for t in tensors):
+    if any(t.dtype not in kernels.DTYPES or not t.is_cpu for t in tensors):
         return False
     batches = [_batch(t) for t in tensors]
     found = [batch for batch in batches if batch is not None]
     if len(found) < len(batches):
         return False
     numbers = [None if bias is None else bias.detach().to(torch.float32).contiguous() for bias in biases]
-    native.sandwich(found[0], _arrays(rows), _arrays(columns), found[1:], axis, numbers)
+    watched = None if watch is None else (watch.vectors, watch.sums, watch.lengths)
+    in_range = native.sandwich(found[0], _arrays(rows), _arrays(columns), found[1:], axis, numbers, watched)
+    if watch is not None:
+        watch.seen = in_range
     return True
 
 

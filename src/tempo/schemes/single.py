@@ -29,6 +29,7 @@ from tempo.schemes.corrections import Share, WeightGradient, shares_of_input_gra
 from tempo.schemes.cover import Cover, uncovered
 from tempo.schemes.masks import Mask, Masks
 from tempo.schemes.operators import work_dtype
+from tempo.schemes.reply import Passed, Reply
 from tempo.wire.messages import Muon, Rule
 from tempo.worker.update import apply
 
@@ -238,7 +239,7 @@ class MaskedInput(EncodedInput):
         return found
 
     def decode_output(
-        self, replies: dict[int, Tensor], sizes: Sequence[int], biases: Sequence[Tensor | None] | None = None
+        self, replies: dict[int, Reply], sizes: Sequence[int], biases: Sequence[Tensor | None] | None = None
     ) -> list[Tensor]:
         """Unmask each part's columns straight into the output they belong to, where nothing is to be taken off."""
         spatial = next(iter(replies.values())).shape[2:]
@@ -247,10 +248,10 @@ class MaskedInput(EncodedInput):
         for worker, part in self.parts.items():
             pieces = [output[part.rows] for output in outputs]
             if part.plain:
-                part.masks.decode("y", replies[worker], pieces, biases)
+                replies[worker].read(partial(part.masks.decode, "y", outs=pieces, biases=biases))
                 continue
             whole = _room(pieces, replies[worker])
-            part.masks.decode("y", replies[worker], [whole], [bias])
+            replies[worker].read(partial(part.masks.decode, "y", outs=[whole], biases=[bias]))
             y = whole[: part.cover.real]
             if self.cloak is not None and part.seen_by_cloak is not None:
                 self.cloak.uncover_output(y, part.seen_by_cloak)
@@ -304,17 +305,17 @@ class MaskedGradient(EncodedGradient):
         """Where anything was filled."""
         return self.extra.needed
 
-    def decode_input_gradient(self, replies: dict[int, Tensor]) -> Tensor:
+    def decode_input_gradient(self, replies: dict[int, Reply]) -> Tensor:
         """Unmask each part of ``dX`` into place."""
         source = self.source
         dx = torch.empty(source.shape, dtype=source.dtype)
         for worker, part in self.parts.items():
             if part.plain:
-                part.masks.decode("dx", replies[worker], [dx[part.rows]])
+                replies[worker].read(partial(part.masks.decode, "dx", outs=[dx[part.rows]]))
                 continue
             place = dx[part.rows]
             whole = _room([place], replies[worker])
-            part.masks.decode("dx", replies[worker], [whole])
+            replies[worker].read(partial(part.masks.decode, "dx", outs=[whole]))
             real = whole[: part.cover.real]
             if source.cloak is not None and part.seen_by_cloak is not None:
                 source.cloak.uncover_input_gradient(real, part.seen_by_cloak)
@@ -325,25 +326,25 @@ class MaskedGradient(EncodedGradient):
                 place.copy_(real)
         return dx
 
-    def decode_weight_gradient(self, replies: dict[int, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def decode_weight_gradient(self, replies: dict[int, Reply], sizes: Sequence[int]) -> list[Tensor]:
         """Sum the workers' parts in the masked domain (``A`` and ``P`` are shared), then unmask once."""
-        parts, dtype, masks = list(replies.values()), self.source.dtype, self.source.weight.masks
-        total = parts[0]
-        if len(parts) > 1:
-            total = parts[0].to(dtype)
-            for other in parts[1:]:
-                total = total + other
+        (first, *others), dtype, masks = list(replies.values()), self.source.dtype, self.source.weight.masks
+        if others:
+            total = first.checked().to(dtype)
+            for other in others:
+                total = total + other.checked()
+            first = Passed(total)
         if not self.extra.needed:
-            gradients = [torch.empty(size, *total.shape[1:], dtype=dtype) for size in sizes]
-            masks.decode("dw", total, gradients)
+            gradients = [torch.empty(size, *first.shape[1:], dtype=dtype) for size in sizes]
+            first.read(partial(masks.decode, "dw", outs=gradients))
             return gradients
-        whole = torch.empty(total.shape, dtype=torch.promote_types(dtype, torch.float32))
-        masks.decode("dw", total, [whole])
+        whole = torch.empty(first.shape, dtype=torch.promote_types(dtype, torch.float32))
+        first.read(partial(masks.decode, "dw", outs=[whole]))
         self.extra.take_off(whole)
         return [part.to(dtype, copy=len(sizes) > 1) for part in whole.split(list(sizes))]
 
 
-def _room(places: Sequence[Tensor], reply: Tensor) -> Tensor:
+def _room(places: Sequence[Tensor], reply: Reply) -> Tensor:
     """Where to unmask ``reply`` for corrections: right in its place, if that is one, exact enough and large enough."""
     (place, *more), work = places, work_dtype(places[0])
     fits = not more and place.dtype == work and place.shape == reply.shape

@@ -61,6 +61,22 @@ class Residual:
         return self.ratio <= 1
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerCheck:
+    """How to judge one answer, once.
+
+    Attributes:
+        judge: Of the answer, and of where to copy it in the same pass, if anywhere: see `InputCheck.output`.
+        vectors: If the answer may be judged by sums of its rows instead, made by whoever reads it: what to sum rows
+            with, (k, d).
+        judge_sums: Of those sums, and of the answer's dtype.
+    """
+
+    judge: Callable[[Tensor, Tensor | None], Residual]
+    vectors: Tensor | None = None
+    judge_sums: Callable[[Sums, torch.dtype], Residual] | None = None
+
+
 class WeightCheck:
     """What is kept of a masked weight to check products with it.
 
@@ -134,15 +150,22 @@ class InputCheck:
             into: Where to copy it in the same pass, if anywhere: what is judged is what lies there, whoever changes
                 ``y_masked`` meanwhile.
         """
+        read = partial(self.weight.form.rows, vectors=self.weight.r)
+        return self._output(_Reading(read, y_masked, into), y_masked.dtype)
+
+    def output_check(self) -> AnswerCheck:
+        """What judges ``y~``."""
+        return AnswerCheck(self.output, self.weight.form.summed_with(self.weight.r), self._output)
+
+    def _output(self, read: Sums | _Reading, dtype: torch.dtype) -> Residual:
         weight = self.weight
         if self.y is None:
             raise ValueError("no output was announced for this input")
         expected, self.y = self.y, None
         scale = expected.lengths * weight.length
         inner, width = prod(weight.shape[1:]), weight.r.shape[2]
-        rounding = Rounding(inner, width, weight.work, _coarsest(self.dtype, weight.dtype, y_masked.dtype))
-        read = partial(weight.form.rows, vectors=weight.r)
-        return _judge(expected.sums, scale, rounding, read, y_masked, into, weight.drifted(expected))
+        rounding = Rounding(inner, width, weight.work, _coarsest(self.dtype, weight.dtype, dtype))
+        return _judge(expected.sums, scale, rounding, read, weight.drifted(expected))
 
     def backward(self, g_masked: Tensor, *, want_dx: bool, want_dw: bool) -> GradientCheck:
         """What is kept of a gradient ``g~`` of the output, about to be sent; same shape as ``y~``.
@@ -171,25 +194,45 @@ class GradientCheck:
     def input_gradient(self, dx_masked: Tensor, into: Tensor | None = None) -> Residual:
         """Check ``dx~``, and copy it ``into`` in the same pass: see `InputCheck.output`."""
         weight = self.source.weight
+        read = partial(weight.form.rows, vectors=weight.v)
+        return self._input_gradient(_Reading(read, dx_masked, into), dx_masked.dtype)
+
+    def input_gradient_check(self) -> AnswerCheck:
+        """What judges ``dx~``."""
+        weight = self.source.weight
+        return AnswerCheck(self.input_gradient, weight.form.summed_with(weight.v), self._input_gradient)
+
+    def _input_gradient(self, read: Sums | _Reading, dtype: torch.dtype) -> Residual:
+        weight = self.source.weight
         if self.dx is None:
             raise ValueError("no input gradient was announced")
         scale = self.dx.lengths * weight.length
         inner, width = weight.r.shape[2] * prod(weight.shape[2:]), weight.shape[1]
-        rounding = Rounding(inner, width, weight.work, _coarsest(self.dtype, weight.dtype, dx_masked.dtype))
-        read = partial(weight.form.rows, vectors=weight.v)
-        return _judge(self.dx.sums, scale, rounding, read, dx_masked, into, weight.drifted(self.dx))
+        rounding = Rounding(inner, width, weight.work, _coarsest(self.dtype, weight.dtype, dtype))
+        return _judge(self.dx.sums, scale, rounding, read, weight.drifted(self.dx))
 
     def weight_gradient(self, dw_masked: Tensor, into: Tensor | None = None) -> Residual:
         """Check ``dw~``, and copy it ``into`` in the same pass: see `InputCheck.output`."""
+        if self.source.z is None:
+            raise ValueError("no weight gradient was announced")
+        read = partial(self.source.weight.form.features, z=self.source.z)
+        return self._weight_gradient(_Reading(read, dw_masked, into), dw_masked.dtype)
+
+    def weight_gradient_check(self) -> AnswerCheck:
+        """What judges ``dw~``."""
+        z = self.source.z
+        vectors = None if z is None else self.source.weight.form.summed_with(z)
+        return AnswerCheck(self.weight_gradient, vectors, self._weight_gradient)
+
+    def _weight_gradient(self, read: Sums | _Reading, dtype: torch.dtype) -> Residual:
         source = self.source
         if self.dw is None or source.z is None:
             raise ValueError("no weight gradient was announced")
         scale = self.dw.lengths * source.length
-        weight = source.weight
-        through = _coarsest(self.dtype, source.dtype, dw_masked.dtype)
-        rounding = Rounding(self.count, source.z.shape[2], weight.work, through)
-        read = partial(weight.form.features, z=source.z)
-        return _judge(self.dw.sums, scale, rounding, read, dw_masked, into)
+        rounding = Rounding(
+            self.count, source.z.shape[2], source.weight.work, _coarsest(self.dtype, source.dtype, dtype)
+        )
+        return _judge(self.dw.sums, scale, rounding, read)
 
 
 def _draw(key: Key, use: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
@@ -201,23 +244,31 @@ def _coarsest(a: torch.dtype, b: torch.dtype, answer: torch.dtype) -> torch.dtyp
     return max(torch.promote_types(a, b), answer, key=lambda dtype: torch.finfo(dtype).eps)
 
 
+class _Reading:
+    """Reads an answer whenever its sums are wanted; after the first time its copy, if there is one."""
+
+    def __init__(self, read: Callable[..., Sums], answer: Tensor, into: Tensor | None) -> None:
+        self._read, self._answer, self._into = read, answer, into
+
+    def sums(self, *, lengths: bool) -> Sums:
+        found = self._read(self._answer, self._into, lengths=lengths)
+        if self._into is not None:
+            self._answer, self._into = self._into, None
+        return found
+
+
 def _judge(
-    expected: Tensor,
-    scale: Tensor,
-    rounding: Rounding,
-    read: Callable[..., Sums],
-    answer: Tensor,
-    into: Tensor | None,
-    drifted: Tensor | None = None,
+    expected: Tensor, scale: Tensor, rounding: Rounding, read: Sums | _Reading, drifted: Tensor | None = None
 ) -> Residual:
-    """The worst row of ``answer``, read by ``read``; ``scale`` and ``drifted`` as in `Rounding.error_norm`."""
+    """The worst row of what was or will be read; ``scale`` and ``drifted`` as in `Rounding.error_norm`."""
+    if isinstance(read, Sums):
+        return _compare(expected, read, scale, rounding, drifted)
     coarse = rounding.through != rounding.work
-    found = _compare(expected, read(answer, into, lengths=coarse), scale, rounding, drifted)
+    found = _compare(expected, read.sums(lengths=coarse), scale, rounding, drifted)
     if found.passed or coarse:
         return found
     # In full precision the answer's length hardly counts, and is not worth reading unless a row fails without.
-    kept = answer if into is None else into
-    return _compare(expected, read(kept, None, lengths=True), scale, rounding, drifted)
+    return _compare(expected, read.sums(lengths=True), scale, rounding, drifted)
 
 
 def _compare(expected: Tensor, found: Sums, scale: Tensor, rounding: Rounding, drifted: Tensor | None) -> Residual:

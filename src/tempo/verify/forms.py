@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tempo.schemes import arithmetic
+from tempo.schemes.reply import MOST_WATCHED
 from tempo.verify.norms import lengths as lengths_of
 from tempo.verify.norms import lost, out_of_range
 from tempo.verify.sums import Sums, of_both, of_rows, pieces
@@ -59,6 +60,10 @@ class Form(ABC):
     ) -> tuple[Sums | None, Sums | None]:
         """Sums of the rows of ``g`` with ``kernel``, and of its output features with ``q`` (what `inputs` gave)."""
 
+    def summed_with(self, vectors: Tensor) -> Tensor | None:
+        """``vectors`` (groups, k, features) as (k, features), if sums of an answer's rows may be made elsewhere."""
+        return None
+
     @abstractmethod
     def rows(self, answer: Tensor, into: Tensor | None, vectors: Tensor, *, lengths: bool) -> Sums:
         """Sums of the rows of ``y`` or ``dx`` with ``vectors`` (groups, k, features).
@@ -92,6 +97,10 @@ class Matrices(Form):
     def as_kernel(self, z: Tensor, w: tuple[int, ...]) -> Tensor:
         """(k, d)."""
         return z[0]
+
+    def summed_with(self, vectors: Tensor) -> Tensor | None:
+        """If the kernels can."""
+        return vectors[0] if self.work == torch.float32 and vectors.shape[1] <= MOST_WATCHED else None
 
     def inputs(self, x: Tensor, kernels: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
         """Sums (k, T)."""

@@ -151,8 +151,8 @@ class Sketch:
         check.length = check.length.new_tensor(sqrt(max(seen, seen + self._missed)))
         check.drift = self._drift("w")
 
-    def compare(self, name: str, fetched: Tensor) -> Residual:
-        """Check what was fetched: ``w``, a state by its name, or ``gradient``.
+    def compare(self, name: str, fetched: Tensor, into: Tensor | None = None) -> Residual:
+        """Check what was fetched: ``w``, a state by its name, or ``gradient``; of its copy ``into``, if given.
 
         Returns:
             Residual of all of it; ``row`` is the output feature where it is largest.
@@ -163,7 +163,7 @@ class Sketch:
         expected = {"w": self._w, "gradient": self._gradient, **self._state}.get(name)
         if expected is None:
             raise ValueError(f"no {name!r} is kept of this weight")
-        seen, norm = self._seen(fetched)
+        seen, norm = self._seen(fetched if into is None else into.copy_(fetched))
         off = seen - expected
         features = self._split(off)[1].norm(dim=0)
         residual = max(float(part.norm()) for part in self._split(off))

@@ -20,7 +20,6 @@ from tempo.verify.norms import lost, out_of_range
 
 _PIECE: Final = 1 << 19
 """Elements worked on at a time: what stays in a core's cache."""
-_NATIVE: Final = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,9 @@ def of_both(x: Tensor, v: Tensor, q: Tensor) -> tuple[Sums, Sums]:
 
 def _native(x: Tensor, work: torch.dtype) -> ModuleType | None:
     """The kernels, if they can read ``x``."""
-    fits = work == torch.float32 and x.dtype in _NATIVE and x.numel() > 0 and (x.stride(1) == 1 or x.shape[1] == 1)
+    fits = (
+        work == torch.float32 and x.dtype in kernels.DTYPES and x.numel() > 0 and (x.stride(1) == 1 or x.shape[1] == 1)
+    )
     return kernels.native() if fits else None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tempo.keys import KeySchedule
 from tempo.schemes.base import EncodedInput, Problem, Scheme, Target
+from tempo.schemes.reply import Passed
 from tempo.wire.messages import Conv, Linear, Product
 from tempo.worker.compute import TorchCompute
 
@@ -69,7 +70,7 @@ def run(
         w_masked = masked_w[worker]
         answers["y"][worker] = torch.empty(len(x_masked), len(w_masked), *spatial, dtype=wire)
         WORKER.forward(product, x_masked, w_masked, answers["y"][worker])
-    (y,) = source.decode_output(answers["y"], [len(w)])
+    (y,) = source.decode_output(passed(answers["y"]), [len(w)])
     gradient = source.encode_gradient(g, keys.fresh(1, "g"), empty, lambda: x, lambda: w, want_dw=True)
     masked_g = {operand.worker: operand.tensors["g"] for operand in gradient.operands}
     for worker, g_masked in masked_g.items():
@@ -77,6 +78,10 @@ def run(
         WORKER.input_gradient(product, g_masked, masked_w[worker], answers["dx"][worker])
         answers["dw"][worker] = torch.empty_like(masked_w[worker])
         WORKER.weight_gradient(product, g_masked, masked_x[worker], answers["dw"][worker])
-    dx = gradient.decode_input_gradient(answers["dx"])
-    (dw,) = gradient.decode_weight_gradient(answers["dw"], [len(w)])
+    dx = gradient.decode_input_gradient(passed(answers["dx"]))
+    (dw,) = gradient.decode_weight_gradient(passed(answers["dw"]), [len(w)])
     return Result(y, dx, dw, source, {"x": masked_x, "w": masked_w, "g": masked_g} | answers)
+
+
+def passed(answers: dict[int, Tensor]) -> dict[int, Passed]:
+    return {worker: Passed(answer) for worker, answer in answers.items()}

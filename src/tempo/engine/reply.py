@@ -1,0 +1,85 @@
+"""An answer that came, with its check: see `tempo.schemes.reply`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, final
+
+from torch import Tensor
+
+from tempo import kernels
+from tempo.schemes.reply import Reply, Unmask, Watch
+from tempo.verify.checks import AnswerCheck, Residual
+from tempo.verify.norms import lost
+from tempo.verify.sums import Sums
+
+if TYPE_CHECKING:
+    from tempo.engine.engine import Engine
+
+
+@final
+class Received(Reply):
+    """What worker number ``worker`` answered under ``name``; used as it is where there is no check.
+
+    Args:
+        engine: Whose.
+        worker: Its number.
+        name: What it is.
+        tensor: As it came; `release` gives it back.
+        check: Its check, or None.
+        named: Adds the layer to errors.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        worker: int,
+        name: str,
+        tensor: Tensor,
+        check: AnswerCheck | None,
+        named: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.shape = tensor.shape
+        self._engine, self._link, self._name = engine, engine.links[worker], name
+        self._tensor, self._check, self._named = tensor, check, named
+
+    def checked(self) -> Tensor:
+        """The answer, after its check, which reads a copy where it lay in shared memory."""
+        check, self._check = self._check, None
+        if check is not None:
+            with self._named(), self._engine.stats.timed("verify"):
+                came, into = self._tensor, self._link.private(self._tensor)
+                try:
+                    residual = check.judge(came, into)
+                finally:
+                    if into is not None:
+                        self._tensor = into
+                        self._link.release(came)
+                self._judge(residual)
+        return self._tensor
+
+    def read(self, unmask: Unmask) -> None:
+        """Where the kernels can sum what they read, where it lies; else the answer after its check."""
+        check = self._check
+        if check is not None and check.vectors is not None and check.judge_sums is not None and self._watchable():
+            watch = Watch.of(check.vectors, len(self._tensor))
+            unmask(self._tensor, watch=watch)
+            if watch.seen:
+                self._check = None
+                with self._named(), self._engine.stats.timed("verify"):
+                    lengths = watch.lengths.add_(lost(watch.sums.dtype, watch.vectors.shape[1]))
+                    self._judge(check.judge_sums(Sums(watch.sums, lengths), self._tensor.dtype))
+                return
+        unmask(self.checked(), watch=None)
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._link.release(self._tensor)
+
+    def _watchable(self) -> bool:
+        return kernels.native() is not None and self._tensor.dtype in kernels.DTYPES and self._tensor.numel() > 0
+
+    def _judge(self, residual: Residual) -> None:
+        engine = self._engine
+        engine.verifier.judge(str(self._link.address), engine.step, self._name, self._tensor, residual)

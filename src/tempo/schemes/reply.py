@@ -1,0 +1,83 @@
+"""Answers as a scheme decodes them. A worker may change what it sent for as long as it lies in shared memory, so there
+is no way to it but these: a copy that was checked, or one reading that is checked by what it saw.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Final, Protocol, Self, final
+
+import torch
+from torch import Tensor
+
+MOST_WATCHED: Final = 8
+"""Vectors that rows can be summed with on the way."""
+
+
+@dataclass(slots=True)
+class Watch:
+    """Sums of the rows of a matrix (T, d), made by what reads it, of what it read.
+
+    Attributes:
+        vectors: What rows are summed with, (k, d), float32.
+        sums: (k, T), float32.
+        lengths: Of the rows (T), float64.
+        seen: Whether sums and lengths were made; if not, the matrix has to be read in another way.
+    """
+
+    vectors: Tensor
+    sums: Tensor
+    lengths: Tensor
+    seen: bool = False
+
+    @classmethod
+    def of(cls, vectors: Tensor, rows: int) -> Self:
+        """Of a matrix of ``rows`` rows."""
+        return cls(vectors, vectors.new_empty(len(vectors), rows), vectors.new_empty(rows, dtype=torch.float64))
+
+
+class Unmask(Protocol):
+    """Reads a masked answer once, and has ``watch``, if there is one, watch."""
+
+    def __call__(self, masked: Tensor, /, *, watch: Watch | None) -> None:
+        """``watch`` as `tempo.schemes.sandwich.sandwich` takes it."""
+
+
+class Reply(ABC):
+    """One worker's answer to one product, to be decoded once: by `read` or by `checked`."""
+
+    shape: torch.Size
+
+    @abstractmethod
+    def checked(self) -> Tensor:
+        """The answer, checked, where its worker cannot change it.
+
+        Raises:
+            WorkerLiedError: It is wrong.
+        """
+
+    @abstractmethod
+    def read(self, unmask: Unmask) -> None:
+        """Have ``unmask`` read the answer; it may be called twice.
+
+        Raises:
+            WorkerLiedError: The answer was wrong: what was made of it must not be used.
+        """
+
+
+@final
+class Passed(Reply):
+    """An answer that needs no check."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape = tensor.shape
+        self._tensor = tensor
+
+    def checked(self) -> Tensor:
+        """The answer."""
+        return self._tensor
+
+    def read(self, unmask: Unmask) -> None:
+        """Once."""
+        unmask(self._tensor, watch=None)
