@@ -27,5 +27,6 @@ inline bool is_bfloat16(nb::dlpack::dtype dtype) {
 void bind_haar(nb::module_ &m);
 void bind_sandwich(nb::module_ &m);
 void bind_sums(nb::module_ &m);
+void bind_layers(nb::module_ &m);
 
 }  // namespace tempo

@@ -4,6 +4,8 @@
 #include "haar.h"
 #include "sandwich.h"
 #include "sums.h"
+#include "activation.h"
+#include "attention.h"
 
 #define TEMPO_STRING(x) #x
 #define TEMPO_NAME(x) TEMPO_STRING(x)
@@ -17,6 +19,9 @@ const Table &table() {
         .sums = sums,
         .gaussians = gaussians,
         .orthogonal = orthogonal,
+        .activation = activation,
+        .attend = attend,
+        .differentiate_attention = differentiate_attention,
     };
     return found;
 }

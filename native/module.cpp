@@ -46,4 +46,5 @@ NB_MODULE(_kernels, m) {
     tempo::bind_haar(m);
     tempo::bind_sandwich(m);
     tempo::bind_sums(m);
+    tempo::bind_layers(m);
 }

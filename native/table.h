@@ -4,6 +4,7 @@
 #include "haar_types.h"
 #include "sandwich_types.h"
 #include "sums_types.h"
+#include "layers_types.h"
 
 namespace tempo {
 
@@ -13,6 +14,9 @@ struct Table {
     void (*sums)(const Sums &);
     void (*gaussians)(double *numbers, int64_t half);
     void (*orthogonal)(const Haar &);
+    void (*activation)(Activation kind, const float *x, const float *g, float *out, int64_t size);
+    void (*attend)(const Attention &);
+    void (*differentiate_attention)(const Attention &);
 };
 
 #define TEMPO_FOR_EACH_ISA(apply) apply(generic) apply(avx2) apply(avx512)

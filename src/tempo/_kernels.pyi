@@ -31,3 +31,20 @@ def sums(
     of_columns: Tensor | None = None,
     column_lengths: Tensor | None = None,
 ) -> None: ...
+
+# Of trusted layers: float32 operands; what is computed goes into the last ones.
+def activation(name: str, x: Tensor, g: Tensor | None, out: Tensor) -> None: ...
+def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool) -> None: ...
+def attention_gradient(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    scale: float,
+    causal: bool,
+) -> None: ...

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 from typing import Final
 
@@ -54,6 +56,28 @@ def select(name: str) -> None:
     if name != TORCH and _kernels is not None:
         _kernels.select(name)
     _chosen = name
+
+
+def in_parts(work: Callable[[int, int], None], size: int, least: int) -> None:
+    """Call ``work(first, last)`` for parts of ``range(size)``, on as many threads as PyTorch uses.
+
+    Args:
+        work: Lets go of the interpreter.
+        size: How many elements there are.
+        least: How many are worth a thread.
+    """
+    threads = min(torch.get_num_threads(), size // least)
+    if threads <= 1:
+        work(0, size)
+        return
+    edges = [size * i // threads for i in range(threads + 1)]
+    list(_pool(os.getpid(), threads).map(work, edges, edges[1:]))
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process: they do not survive a fork."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="tempo-kernels")
 
 
 @contextmanager

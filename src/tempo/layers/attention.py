@@ -1,8 +1,9 @@
 """`nn.MultiheadAttention`, and the transformer layers that would bypass it.
 
 PyTorch's attention function reaches its projections through the name ``linear`` of its own module. Here it runs with
-that one name bound to a protected product, so every option (packed or separate projections, masks, added keys,
-returned weights) behaves as in the installed PyTorch. Softmax and the two attention products stay trusted.
+that name bound to a protected product, and attention itself to our kernel, so every option (packed or separate
+projections, masks, added keys, returned weights) behaves as in the installed PyTorch. Softmax and the two attention
+products stay trusted.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from torch.nn import functional as F
 
 from tempo.engine.site import Site
 from tempo.layers.base import Protected
+from tempo.trusted.attention import scaled_dot_product_attention
 
 Projection = Callable[..., Tensor]
 
 
 def _with_linear(linear: Projection) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """PyTorch's ``multi_head_attention_forward`` with its projections computed by ``linear``."""
-    names = dict(vars(F), linear=linear)
+    names = dict(vars(F), linear=linear, scaled_dot_product_attention=scaled_dot_product_attention)
     for name in ("_in_projection", "_in_projection_packed", "multi_head_attention_forward"):
         original = getattr(F, name)
         rebound = FunctionType(original.__code__, names, name, original.__defaults__, original.__closure__)

@@ -18,6 +18,7 @@ from tempo.layers import layer_type
 from tempo.layers.base import Protected, overrides, protected_class
 from tempo.layers.exposed import CONVOLUTIONS, exposed_layers
 from tempo.schemes.base import Scheme
+from tempo.trusted.mode import Root, root_class
 from tempo.wire.messages import Conv, Linear
 
 _LARGE_SHARE = 0.1
@@ -81,6 +82,8 @@ def protect(
             module.__class__ = protected_class(type(module), entry.protected)
         if entry.computes:
             found.append(ProtectedLayer(site.name, module, site))
+    if any(isinstance(module, Protected) for module in model.modules()):
+        model.__class__ = root_class(type(model))
     others = [(name, module) for name, module in model.named_modules() if layer_type(module) is None]
     return found + [ProtectedLayer(name, module, None) for name, module in others if _multiplies(module)]
 
@@ -91,16 +94,19 @@ def unprotect(model: nn.Module) -> None:
     Raises:
         SettingsError: A layer's class was changed again after `protect`, by a parametrization say.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Protected)]
-    for name, module in layers:
-        if "_tempo_original" not in vars(type(module)):
+    swapped = [(name, module) for name, module in model.named_modules() if isinstance(module, Protected | Root)]
+    for name, module in swapped:
+        if not {"_tempo_original", "_tempo_root"} & vars(type(module)).keys():
             raise SettingsError(
                 f"layer {name!r} was given the class {type(module).__name__} after protect(); undo that first "
                 "(torch.nn.utils.parametrize.remove_parametrizations, say)"
             )
-    for _, module in layers:
-        del module.__dict__["_tempo"]
-        module.__class__ = module._tempo_original  # type: ignore[assignment]
+    for _, module in swapped:
+        if isinstance(module, Root):
+            module.__class__ = module._tempo_root  # type: ignore[assignment]
+        if isinstance(module, Protected):
+            del module.__dict__["_tempo"]
+            module.__class__ = module._tempo_original  # type: ignore[assignment]
 
 
 def _multiplies(module: nn.Module) -> bool:

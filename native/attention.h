@@ -1,0 +1,241 @@
+// Attention and its gradients, one head at a time: as flash attention, nothing of the size of all scores is kept.
+//
+// Every product is `multiply`: rows of the left operand, read where they are with any strides, times the right one packed
+// into panels of up to three vectors of columns, which the registers hold a block of the result for.
+#pragma once
+
+#include <cmath>
+#include <initializer_list>
+#include <type_traits>
+
+#include "activation.h"
+#include "layers_types.h"
+#include "simd.h"
+
+namespace tempo::TEMPO_ISA {
+
+// How many vectors the next panel holds. Four are two panels of two: one alone would wait for its sums.
+inline int panel_vectors(int64_t left) { return left == 4 ? 2 : int(left < 3 ? left : 3); }
+
+// Calls f(first column, vectors, where the panel starts) for the panels of `columns` columns of `depth` rows.
+template <typename F>
+inline void for_panels(int64_t columns, int64_t depth, const F &f) {
+    const int64_t vectors = (columns + kLanes - 1) / kLanes;
+    for (int64_t done = 0; done < vectors;) {
+        const int width = panel_vectors(vectors - done);
+        f(done * kLanes, width, done * kLanes * depth);
+        done += width;
+    }
+}
+
+// Packs a (depth × columns) operand whose rows are contiguous; `columns` is a multiple of kLanes.
+inline void pack_rows(const float *from, int64_t stride, int64_t depth, int64_t columns, float *panels) {
+    for_panels(columns, depth, [=](int64_t first, int width, int64_t start) {
+        float *to = panels + start;
+        for (int64_t k = 0; k < depth; ++k)
+            for (int w = 0; w < width; ++w, to += kLanes) store(to, load(from + k * stride + first + w * kLanes));
+    });
+}
+
+// Packs a (depth × columns) operand whose columns are contiguous; `depth` is a multiple of kLanes. Columns that are
+// missing to a whole vector are zero.
+inline void pack_columns(const float *from, int64_t stride, int64_t depth, int64_t columns, float *panels) {
+    for_panels(columns, depth, [=](int64_t first, int width, int64_t start) {
+        for (int w = 0; w < width; ++w) {
+            const int64_t here = first + w * kLanes;
+            for (int64_t k = 0; k < depth; k += kLanes) {
+                Vector block[kLanes];
+                for (int i = 0; i < kLanes; ++i)
+                    block[i] = here + i < columns ? load(from + (here + i) * stride + k) : Vector{};
+                transpose(block);
+                for (int i = 0; i < kLanes; ++i) store(panels + start + ((k + i) * width + w) * kLanes, block[i]);
+            }
+        }
+    });
+}
+
+// The left operand: element (i, k) is at data[i * row + k * column].
+struct Left {
+    const float *data;
+    int64_t row, column;
+};
+
+template <int rows, int width>
+inline void multiply_block(Left a, const float *panel, int64_t depth, float *out, int64_t stride, bool add) {
+    Vector sums[rows][width] = {};
+    for (int64_t k = 0; k < depth; ++k, panel += width * kLanes) {
+        Vector b[width];
+        for (int w = 0; w < width; ++w) b[w] = load(panel + w * kLanes);
+        for (int r = 0; r < rows; ++r) {
+            const Vector left = broadcast(a.data[r * a.row + k * a.column]);
+            for (int w = 0; w < width; ++w) sums[r][w] += left * b[w];
+        }
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int w = 0; w < width; ++w) {
+            float *to = out + r * stride + w * kLanes;
+            store(to, add ? load(to) + sums[r][w] : sums[r][w]);
+        }
+}
+
+template <int width>
+inline void multiply_panel(Left a, int64_t rows, const float *panel, int64_t depth, float *out, int64_t stride, bool add) {
+    int64_t i = 0;
+    const auto block = [&](auto count) {
+        multiply_block<count, width>({a.data + i * a.row, a.row, a.column}, panel, depth, out + i * stride, stride, add);
+        i += count;
+    };
+    while (rows - i >= 4) block(std::integral_constant<int, 4>{});
+    if (rows - i == 3) block(std::integral_constant<int, 3>{});
+    if (rows - i == 2) block(std::integral_constant<int, 2>{});
+    if (rows - i == 1) block(std::integral_constant<int, 1>{});
+}
+
+// out = a · b, or out += a · b; whole vectors of columns are written.
+inline void multiply(Left a, int64_t rows, const float *b, int64_t depth, int64_t columns, float *out, int64_t stride,
+                     bool add = false) {
+    for_panels(columns, depth, [=](int64_t first, int width, int64_t start) {
+        const float *panel = b + start;
+        float *to = out + first;
+        switch (width) {
+            case 1: return multiply_panel<1>(a, rows, panel, depth, to, stride, add);
+            case 2: return multiply_panel<2>(a, rows, panel, depth, to, stride, add);
+            default: return multiply_panel<3>(a, rows, panel, depth, to, stride, add);
+        }
+    });
+}
+
+inline float *at(const Heads &x, int64_t sample, int64_t head, int64_t token = 0) {
+    return x.data + sample * x.sample + head * x.head + token * x.token;
+}
+
+inline int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// How many rows of scores to take at once: blocks of about one size.
+inline int64_t block_rows(int64_t queries) {
+    const int64_t blocks = (queries + kQueries - 1) / kQueries, even = (queries + blocks - 1) / blocks;
+    return (even + 3) / 4 * 4;
+}
+
+inline float most(Vector v) {
+    float found = v[0];
+    for (int i = 1; i < kLanes; ++i) found = v[i] > found ? v[i] : found;
+    return found;
+}
+
+// Lanes of the vector of elements from `first` on; those from `valid` on are zero, or what `otherwise` says.
+inline Vector only(Vector v, int64_t first, int64_t valid, float otherwise) {
+    if (first + kLanes <= valid) return v;
+    Integers lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+    return lanes < int32_t(valid - first) ? v : broadcast(otherwise);
+}
+
+// Scores of one row become exponentials of what they are below the greatest, zero from `valid` on; returns their sum, and
+// sets the greatest.
+inline float exponentials(float *s, int64_t columns, int64_t valid, float scale, float *greatest) {
+    Vector top = broadcast(-INFINITY);
+    for (int64_t j = 0; j < columns; j += kLanes) {
+        const Vector v = only(load(s + j), j, valid, -INFINITY);
+        top = v > top ? v : top;
+    }
+    *greatest = most(top) * scale;
+    const float scale_2 = scale * kLog2e, greatest_2 = *greatest * kLog2e;
+    Vector total{};
+    for (int64_t j = 0; j < columns; j += kLanes) {
+        const Vector e = only(power_of_two(load(s + j) * scale_2 - greatest_2), j, valid, 0.f);
+        store(s + j, e);
+        total += e;
+    }
+    return sum(total);
+}
+
+// Asks for what the next head reads or writes while this one is computed: tokens are far apart in memory.
+inline void fetch(const Heads &x, int64_t tokens, int64_t width, int64_t n, int64_t h) {
+    for (int64_t i = 0; i < tokens; ++i)
+        for (int64_t j = 0; j < width; j += 64 / sizeof(float)) __builtin_prefetch(at(x, n, h, i) + j, 0, 2);
+}
+
+inline void attend_head(const Attention &a, int64_t n, int64_t h) {
+    const int64_t keys = whole_vectors(a.keys), stride = score_stride(a.keys), block = block_rows(a.queries);
+    float *scores = a.memory, *keys_packed = scores + kQueries * stride, *values_packed = keys_packed + keys * a.width;
+    pack_columns(at(a.k, n, h), a.k.token, a.width, a.keys, keys_packed);
+    pack_rows(at(a.v, n, h), a.v.token, a.keys, a.width, values_packed);
+    for (int64_t i = 0; i < a.queries; i += block) {
+        const int64_t rows = a.queries - i < block ? a.queries - i : block;
+        multiply({at(a.q, n, h, i), a.q.token, 1}, rows, keys_packed, a.width, a.keys, scores, stride);
+        float inverse[kQueries];
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t valid = a.causal && i + r + 1 < a.keys ? i + r + 1 : a.keys;
+            float greatest;
+            const float total = exponentials(scores + r * stride, keys, valid, a.scale, &greatest);
+            a.lse[(n * a.heads + h) * a.queries + i + r] = greatest + std::log(total);
+            inverse[r] = 1.f / total;
+        }
+        multiply({scores, stride, 1}, rows, values_packed, a.keys, a.width, at(a.out, n, h, i), a.out.token);
+        for (int64_t r = 0; r < rows; ++r) {
+            float *out = at(a.out, n, h, i + r);
+            for (int64_t j = 0; j < a.width; j += kLanes) store(out + j, load(out + j) * inverse[r]);
+        }
+    }
+}
+
+inline void differentiate_head(const Attention &a, int64_t n, int64_t h) {
+    const int64_t keys = whole_vectors(a.keys), stride = score_stride(a.keys), block = block_rows(a.queries);
+    const int64_t tall = stride > kQueries ? stride : kQueries;
+    float *p = a.memory, *ds = p + kQueries * stride;
+    float *keys_across = ds + kQueries * stride, *values_across = keys_across + tall * a.width;
+    float *keys_packed = values_across + tall * a.width, *g_packed = keys_packed + tall * a.width;
+    float *queries_packed = g_packed + tall * a.width;
+    pack_columns(at(a.k, n, h), a.k.token, a.width, a.keys, keys_across);
+    pack_columns(at(a.v, n, h), a.v.token, a.width, a.keys, values_across);
+    pack_rows(at(a.k, n, h), a.k.token, a.keys, a.width, keys_packed);
+    for (int64_t i = 0; i < a.queries; i += block) {
+        const int64_t rows = a.queries - i < block ? a.queries - i : block;
+        pack_rows(at(a.g, n, h, i), a.g.token, rows, a.width, g_packed);
+        pack_rows(at(a.q, n, h, i), a.q.token, rows, a.width, queries_packed);
+        multiply({at(a.q, n, h, i), a.q.token, 1}, rows, keys_across, a.width, a.keys, p, stride);
+        multiply({at(a.g, n, h, i), a.g.token, 1}, rows, values_across, a.width, a.keys, ds, stride);
+        for (int64_t r = 0; r < rows; ++r) {
+            const float *out = at(a.out, n, h, i + r), *g = at(a.g, n, h, i + r);
+            Vector product{};
+            for (int64_t j = 0; j < a.width; j += kLanes) product += load(out + j) * load(g + j);
+            const float delta = sum(product), lse = a.lse[(n * a.heads + h) * a.queries + i + r];
+            const int64_t valid = a.causal && i + r + 1 < a.keys ? i + r + 1 : a.keys;
+            const float scale_2 = a.scale * kLog2e;
+            float *p_row = p + r * stride, *ds_row = ds + r * stride;
+            for (int64_t j = 0; j < keys; j += kLanes) {
+                const Vector e = only(power_of_two(load(p_row + j) * scale_2 - lse * kLog2e), j, valid, 0.f);
+                store(p_row + j, e);
+                store(ds_row + j, e * (load(ds_row + j) - delta) * a.scale);
+            }
+        }
+        multiply({ds, stride, 1}, rows, keys_packed, a.keys, a.width, at(a.dq, n, h, i), a.dq.token);
+        multiply({p, 1, stride}, a.keys, g_packed, rows, a.width, at(a.dv, n, h), a.dv.token, i > 0);
+        multiply({ds, 1, stride}, a.keys, queries_packed, rows, a.width, at(a.dk, n, h), a.dk.token, i > 0);
+    }
+}
+
+inline void attend(const Attention &a) {
+    for (int64_t n = 0; n < a.samples; ++n)
+        for (int64_t h = 0; h < a.heads; ++h) {
+            if (a.queries <= kQueries && h + 1 < a.heads) {
+                for (const Heads &x : {a.q, a.out}) fetch(x, a.queries, a.width, n, h + 1);
+                for (const Heads &x : {a.k, a.v}) fetch(x, a.keys, a.width, n, h + 1);
+            }
+            attend_head(a, n, h);
+        }
+}
+
+inline void differentiate_attention(const Attention &a) {
+    for (int64_t n = 0; n < a.samples; ++n)
+        for (int64_t h = 0; h < a.heads; ++h) {
+            if (a.queries <= kQueries && h + 1 < a.heads) {
+                for (const Heads &x : {a.q, a.out, a.g, a.dq}) fetch(x, a.queries, a.width, n, h + 1);
+                for (const Heads &x : {a.k, a.v, a.dk, a.dv}) fetch(x, a.keys, a.width, n, h + 1);
+            }
+            differentiate_head(a, n, h);
+        }
+}
+
+}  // namespace tempo::TEMPO_ISA

@@ -1,0 +1,85 @@
+#include <stdexcept>
+
+#include "bind.h"
+
+namespace {
+
+using tempo::Activation;
+using tempo::Attention;
+using tempo::Heads;
+using Flat = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using FlatOut = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using Operand = nb::ndarray<float, nb::ndim<4>, nb::device::cpu>;  // (samples, heads, tokens, features)
+using Rows = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+
+void require(bool holds, const char *what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+Activation named(const std::string &name) {
+    if (name == "gelu") return Activation::gelu;
+    if (name == "gelu_tanh") return Activation::gelu_tanh;
+    require(name == "silu", "activations are gelu, gelu_tanh and silu");
+    return Activation::silu;
+}
+
+void activation(const std::string &name, const Flat &x, const std::optional<Flat> &g, FlatOut &out) {
+    const Activation kind = named(name);
+    require(out.size() == x.size() && (!g || g->size() == x.size()), "operands have to be of one size");
+    nb::gil_scoped_release released;
+    tempo::active->activation(kind, x.data(), g ? g->data() : nullptr, out.data(), int64_t(x.size()));
+}
+
+Heads heads_of(const Operand &x, const Operand &like) {
+    require(x.shape(0) == like.shape(0) && x.shape(1) == like.shape(1) && x.shape(3) == like.shape(3),
+            "operands have to have the same samples, heads and features");
+    require(x.stride(3) == 1, "features have to be contiguous");
+    return {x.data(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+Attention attention_of(const Operand &q, const Operand &k, const Operand &v, const Operand &out, const Rows &lse,
+                       float scale, bool causal) {
+    Attention a{};
+    a.samples = int64_t(q.shape(0)), a.heads = int64_t(q.shape(1)), a.queries = int64_t(q.shape(2));
+    a.keys = int64_t(k.shape(2)), a.width = int64_t(q.shape(3));
+    a.scale = scale, a.causal = causal;
+    require(a.keys > 0 && a.width % tempo::kWidths == 0, "there have to be keys, and features a multiple of 16");
+    require(v.shape(2) == k.shape(2) && out.shape(2) == q.shape(2), "operands have to have the same tokens");
+    require(lse.shape(0) == q.shape(0) && lse.shape(1) == q.shape(1) && lse.shape(2) == q.shape(2),
+            "there has to be one sum for each query");
+    a.q = heads_of(q, q), a.k = heads_of(k, q), a.v = heads_of(v, q), a.out = heads_of(out, q);
+    a.lse = lse.data();
+    return a;
+}
+
+void run(Attention &a, void (*kernel)(const Attention &)) {
+    a.memory = tempo::scratch(0, size_t(tempo::attention_floats(a)));
+    kernel(a);
+}
+
+void attention(const Operand &q, const Operand &k, const Operand &v, const Operand &out, const Rows &lse, float scale,
+               bool causal) {
+    Attention a = attention_of(q, k, v, out, lse, scale, causal);
+    nb::gil_scoped_release released;
+    run(a, tempo::active->attend);
+}
+
+void attention_gradient(const Operand &g, const Operand &q, const Operand &k, const Operand &v, const Operand &out,
+                        const Rows &lse, const Operand &dq, const Operand &dk, const Operand &dv, float scale,
+                        bool causal) {
+    Attention a = attention_of(q, k, v, out, lse, scale, causal);
+    require(g.shape(2) == q.shape(2) && dq.shape(2) == q.shape(2) && dk.shape(2) == k.shape(2) &&
+                dv.shape(2) == k.shape(2),
+            "gradients have to have the tokens of what they are of");
+    a.g = heads_of(g, q), a.dq = heads_of(dq, q), a.dk = heads_of(dk, q), a.dv = heads_of(dv, q);
+    nb::gil_scoped_release released;
+    run(a, tempo::active->differentiate_attention);
+}
+
+}  // namespace
+
+void tempo::bind_layers(nb::module_ &m) {
+    m.def("activation", &activation, nb::arg("name"), nb::arg("x"), nb::arg("g").none(), nb::arg("out"));
+    m.def("attention", &attention);
+    m.def("attention_gradient", &attention_gradient);
+}

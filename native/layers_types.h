@@ -1,0 +1,43 @@
+// What kernels of trusted layers are given.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tempo {
+
+enum class Activation { gelu, gelu_tanh, silu };
+
+// One number of an operand of attention for each (sample, head, token, feature); features lie side by side, strides are
+// in elements.
+struct Heads {
+    float *data;
+    int64_t sample, head, token;
+};
+
+struct Attention {
+    int64_t samples, heads, queries, keys, width;  // width: of every operand; a multiple of kWidths
+    float scale;
+    bool causal;  // a query sees no keys beyond its own number
+    Heads q, k, v, out;
+    float *lse;  // (samples, heads, queries), contiguous: logarithm of the sum of the exponentials
+
+    // Only for gradients.
+    Heads g, dq, dk, dv;
+
+    float *memory;  // attention_floats() of them
+};
+
+constexpr int kWidths = 16;        // lanes of the longest vector of any instruction set
+constexpr int64_t kQueries = 96;  // queries at a time, at most
+
+// From one row of scores to the next: an odd number of cache lines, or columns would share few places in the cache.
+inline int64_t score_stride(int64_t keys) { return ((keys + kWidths - 1) / kWidths | 1) * kWidths; }
+
+// Two blocks of scores, five packed operands.
+inline int64_t attention_floats(const Attention &a) {
+    const int64_t stride = score_stride(a.keys), tall = stride > kQueries ? stride : kQueries;
+    return 2 * kQueries * stride + 5 * tall * a.width;
+}
+
+}  // namespace tempo

@@ -1,0 +1,90 @@
+"""Scaled dot-product attention without scores of all heads in memory, for the lengths where that beats PyTorch's."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from tempo import kernels
+from tempo.trusted.kernels import native_for
+
+_LONGEST: Final = 512
+"""Keys; beyond, PyTorch's own kernel is as fast (benchmarks/kernels.py)."""
+_WIDTHS: Final = 16
+"""Features per head come in multiples of it."""
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, native: ModuleType) -> Tensor:
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
+
+        def part(first: int, last: int) -> None:
+            native.attention(*(t.detach()[first:last] for t in (q, k, v, out, lse)), scale, causal)
+
+        kernels.in_parts(part, len(q), 1)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale, ctx.causal, ctx.native = scale, causal, native
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+        g = g if g.stride(3) == 1 else g.contiguous()
+
+        def part(first: int, last: int) -> None:
+            operands = (t[first:last] for t in (g, q, k, v, out, lse, dq, dk, dv))
+            ctx.native.attention_gradient(*operands, ctx.scale, ctx.causal)
+
+        kernels.in_parts(part, len(q), 1)
+        return dq, dk, dv, None, None, None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """As `torch.nn.functional.scaled_dot_product_attention`; None where PyTorch has to compute it.
+
+    That is with masks or dropout, for long sequences, and where hooks on saved tensors are at work: recomputation
+    compares what two passes saved.
+    """
+    native = native_for(query, key, value)
+    if (
+        native is None
+        or attn_mask is not None
+        or dropout_p
+        or not (query.dim() == key.dim() == value.dim() == 4)
+        or key.shape != value.shape
+        or query.shape[:2] != key.shape[:2]
+        or query.shape[3] != key.shape[3]
+        or query.shape[3] % _WIDTHS
+        or key.shape[2] > _LONGEST
+        or any(t.stride(3) != 1 for t in (query, key, value))
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    ):
+        return None
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    if scale <= 0:
+        return None
+    out: Tensor = _Attention.apply(query, key, value, scale, is_causal, native)
+    return out
+
+
+def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """PyTorch's function of that name, computed here where that can be."""
+    out = attention(*args, **kwargs)
+    return F.scaled_dot_product_attention(*args, **kwargs) if out is None else out

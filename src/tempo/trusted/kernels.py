@@ -1,0 +1,36 @@
+"""When a native kernel may stand in for an operator of PyTorch."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from tempo import kernels
+
+
+def native_for(*tensors: Tensor) -> ModuleType | None:
+    """The native kernels if they can take ``tensors``: float32, dense and on the CPU; None: leave it to PyTorch.
+
+    Whoever watches PyTorch's operators (a trace, `torch.func`, a dispatch mode, autocast) sees PyTorch's.
+    """
+    if (
+        torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    for tensor in tensors:
+        if (
+            type(tensor) not in (Tensor, nn.Parameter)
+            or tensor.dtype != torch.float32
+            or tensor.device.type != "cpu"
+            or tensor.layout != torch.strided
+            or not tensor.numel()
+        ):
+            return None
+    return kernels.native()

@@ -1,0 +1,74 @@
+"""Puts native kernels in the place of PyTorch's functions while a protected model runs, whoever's code calls them."""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+from tempo import kernels
+from tempo.trusted.activations import gelu, silu
+from tempo.trusted.attention import attention
+
+REPLACED: Final[dict[Any, Callable[..., Tensor | None]]] = {
+    F.gelu: gelu,
+    F.silu: silu,
+    F.scaled_dot_product_attention: attention,
+}
+
+
+class TrustedMode(TorchFunctionMode):
+    """Within it, functions of `REPLACED` are computed by native kernels where these can."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """``func``, or what replaces it."""
+        replacement = REPLACED.get(func)
+        result = None if replacement is None else replacement(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if result is None else result
+
+
+class Root:
+    """Mixin of the class that a protected model itself is given: calls run in `TrustedMode`."""
+
+    _tempo_root: type[nn.Module]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own."""
+        call = super().__call__  # type: ignore[misc]
+        if torch.compiler.is_compiling() or kernels.native() is None:
+            return call(*args, **kwargs)
+        if isinstance(_get_current_function_mode(), TrustedMode):  # inside another protected model
+            return call(*args, **kwargs)
+        with TrustedMode():
+            return call(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copied and pickled as the model that it was, in whatever way that one is."""
+        twin = object.__new__(self._tempo_root)
+        twin.__dict__ = self.__dict__
+        reduced = twin.__reduce_ex__(protocol)
+        if isinstance(reduced, str):
+            return reduced
+        make, args, *rest = reduced
+        if make is copyreg.__newobj__ and len(args) == 1:  # type: ignore[attr-defined]
+            # With it, pickle insists on the object's present class.
+            make, args = copyreg._reconstructor, (*args, object, None)  # type: ignore[attr-defined]
+        return make, args, *rest
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def root_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The class of a protected model: ``original`` by name, within `Root`."""
+    if original not in _CLASSES:
+        names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+        _CLASSES[original] = type(original.__name__, (Root, original), {**names, "_tempo_root": original})
+    return _CLASSES[original]
