@@ -196,7 +196,7 @@ def test_a_job_goes_back_to_its_last_checkpoint_by_itself(
 ) -> None:
     console = Console(file=(tmp_path / "said").open("w"), width=300)
     training.train(job(tmp_path / "plain"), console, plain=True)
-    one_step, killed = training._one_step, []
+    one_step, killed = training.one_step, []
 
     def disturbed(state: Any, began: float) -> Any:
         if state.step == 6 and not killed:
@@ -206,7 +206,7 @@ def test_a_job_goes_back_to_its_last_checkpoint_by_itself(
             killed.append(link)
         return one_step(state, began)
 
-    monkeypatch.setattr(training, "_one_step", disturbed)
+    monkeypatch.setattr(training, "one_step", disturbed)
     outcome = training.train(job(tmp_path / "away", scheme=scheme, update="worker", local_workers=2), console)
     assert killed
     assert outcome.step == 12
@@ -220,7 +220,7 @@ def test_an_interrupted_job_resumes_what_optimizers_kept_on_workers(tmp_path: Pa
     training.train(job(tmp_path / "plain"), console, plain=True)
     away = {"scheme": "tempo-signed", "update": "worker"}
     first = job(tmp_path / "away", **away)
-    one_step = training._one_step
+    one_step = training.one_step
 
     def interrupted(state: Any, began: float) -> Any:
         if state.step == 5:
@@ -228,7 +228,7 @@ def test_an_interrupted_job_resumes_what_optimizers_kept_on_workers(tmp_path: Pa
         return one_step(state, began)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_one_step", interrupted)
+        patch.setattr(training, "one_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             training.train(first, console)
     training.train(job(tmp_path / "away", **away), console, resume=True)

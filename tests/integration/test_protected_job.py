@@ -18,6 +18,7 @@ from tempo.checkpoint import CheckpointStore
 from tempo.engine import local
 from tempo.errors import WorkerError
 from tempo.recipes import inference, metrics, models
+from tempo.recipes import job as jobs
 from tempo.recipes import recipe as recipes
 from tempo.recipes import train as training
 from tempo.recipes.comparison import compare, losses
@@ -117,7 +118,7 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch:
         patch.setattr(local, "_spawn", spawn_and_note)
-        patch.setattr(training, "logits", logits)
+        patch.setattr(jobs, "logits", logits)
         with pytest.raises(WorkerError) as caught:
             train(job)
     assert "Step 2 is saved" in "".join(caught.value.__notes__)

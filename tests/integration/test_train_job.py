@@ -17,6 +17,7 @@ from tempo import checkpoint
 from tempo.checkpoint import CheckpointStore
 from tempo.errors import CheckpointError, NonFiniteError, SettingsError, WorkerLostError
 from tempo.recipes import inference, metrics, models
+from tempo.recipes import job as jobs
 from tempo.recipes import recipe as recipes
 from tempo.recipes import train as training
 from tempo.recipes.comparison import losses
@@ -101,7 +102,7 @@ def test_an_interrupted_run_finishes_its_step_saves_and_continues(
 
     job = recipe(tmp_path / "interrupted")
     with monkeypatch.context() as patch:
-        patch.setattr(training, "logits", logits)
+        patch.setattr(jobs, "logits", logits)
         outcome, _ = train(job)
     assert (outcome.signal, outcome.step) == (signal.SIGINT, 5)
     assert CheckpointStore(tmp_path / "interrupted/checkpoints").steps() == [5]
@@ -125,7 +126,7 @@ def test_a_lost_worker_in_the_middle_of_a_step_costs_nothing(
 
     job = recipe(tmp_path / "broken", base)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "logits", logits)
+        patch.setattr(jobs, "logits", logits)
         with pytest.raises(WorkerLostError, match="gpu-a") as caught:
             train(job)
     assert "Step 3 is saved" in "".join(caught.value.__notes__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import signal
 import threading
 import time
@@ -14,26 +13,20 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, final
 
 import msgspec
-import numpy as np
 import torch
 from rich.console import Console
-from torch.nn import functional as F
 
-from tempo import checkpoint as checkpoints
-from tempo.checkpoint import Checkpoint, CheckpointStore, flatten, load_model, unflatten
+from tempo.checkpoint import Checkpoint, CheckpointStore
 from tempo.errors import CheckpointError, NonFiniteError, SettingsError, TempoError, WeightsLostError
-from tempo.initial import secret_initialisation
 from tempo.recipes import data
 from tempo.recipes import recipe as recipes
-from tempo.recipes.inference import FOLDER, evaluate, format_of, protected, recipe_of
+from tempo.recipes.inference import FOLDER, evaluate, protected, recipe_of
+from tempo.recipes.job import Job, Moment, one_step
 from tempo.recipes.metrics import Evaluation, Metrics, Step
-from tempo.recipes.models import logits
-from tempo.recipes.optimizers import scheduler
 from tempo.recipes.progress import Display
 from tempo.recipes.recipe import Recipe, differences
 
 if TYPE_CHECKING:
-    from tempo.session import Session
     from tempo.summary import Summary
 
 MOST_TURNS: Final = 10
@@ -82,7 +75,7 @@ def train(
     store = CheckpointStore(folder / FOLDER)
     earlier = _earlier(store, recipe, console) if resume else None
     source = data.load(recipe.data.source, recipe.data.train_limit, recipe.data.test_limit)
-    job = _Job(recipe, source, earlier, initial, secret=recipe.session.base == "secret" and not plain)
+    job = Job(recipe, source, earlier, initial, secret=recipe.session.base == "secret" and not plain)
     settings, trusted = _as_before(recipe.session, earlier)
     with protected(job.model, settings, plain, trusted) as session:
         if earlier is None:
@@ -100,9 +93,9 @@ def train(
         return outcome
 
 
-def _loop(job: _Job, store: CheckpointStore, metrics: Metrics, display: Display, interrupts: _Interrupts) -> Outcome:
+def _loop(job: Job, store: CheckpointStore, metrics: Metrics, display: Display, interrupts: _Interrupts) -> Outcome:
     job.generators.restore()
-    job.moment = _Moment(job)
+    job.moment = Moment(job)
     began = time.perf_counter() - job.elapsed
     if job.recipe.session.update != "trusted":
         job.save_once(store)  # somewhere to go back to
@@ -125,11 +118,11 @@ def _loop(job: _Job, store: CheckpointStore, metrics: Metrics, display: Display,
 
 
 def _steps(
-    job: _Job, began: float, store: CheckpointStore, metrics: Metrics, display: Display, interrupts: _Interrupts
+    job: Job, began: float, store: CheckpointStore, metrics: Metrics, display: Display, interrupts: _Interrupts
 ) -> None:
     while job.step < job.steps and not interrupts.signal:
-        job.moment = _Moment(job)
-        record = _one_step(job, began)
+        job.moment = Moment(job)
+        record = one_step(job, began)
         job.elapsed = record.time
         _report(job, record, metrics, display)
         if job.due(job.recipe.run.checkpoint_every):
@@ -138,7 +131,7 @@ def _steps(
             _evaluate(job, began, metrics, display, interrupts)
 
 
-def _go_back(job: _Job, error: WeightsLostError, store: CheckpointStore, metrics: Metrics, display: Display) -> None:
+def _go_back(job: Job, error: WeightsLostError, store: CheckpointStore, metrics: Metrics, display: Display) -> None:
     """Load the last checkpoint, and go on from there without the worker that took weights with it."""
     earlier = store.load()
     if earlier.step <= job.back_at:
@@ -152,7 +145,7 @@ def _go_back(job: _Job, error: WeightsLostError, store: CheckpointStore, metrics
     metrics.go_back(job.step)
 
 
-def _report(job: _Job, record: Step, metrics: Metrics, display: Display) -> None:
+def _report(job: Job, record: Step, metrics: Metrics, display: Display) -> None:
     metrics.write(record)
     if job.session is not None and not job.placed:
         display.note(_placed(job.session.summary()))
@@ -160,9 +153,7 @@ def _report(job: _Job, record: Step, metrics: Metrics, display: Display) -> None
     display.step(record)
 
 
-def _evaluate(
-    job: _Job, began: float, metrics: Metrics, display: Display, interrupts: _Interrupts
-) -> Evaluation | None:
+def _evaluate(job: Job, began: float, metrics: Metrics, display: Display, interrupts: _Interrupts) -> Evaluation | None:
     """Evaluate on the test images, unless interrupted."""
     test, batch_size = job.source.test, job.recipe.data.batch_size
     loss, accuracy = evaluate(job.model, test, job.format, batch_size, lambda: interrupts.signal != 0)
@@ -172,173 +163,6 @@ def _evaluate(
     metrics.write(evaluation)
     display.evaluation(evaluation)
     return evaluation
-
-
-def _one_step(job: _Job, began: float) -> Step:
-    recipe, session = job.recipe, job.session
-    started = time.perf_counter()
-    before = session.stats() if session is not None else None
-    rate = float(job.scheduler.get_last_lr()[0])
-
-    chosen = job.order.batch()
-    labels = job.source.train.labels[chosen]
-    images = job.format.numbers(job.source.train.images[chosen])
-    images = data.augment(images, recipe.data.augment, job.order.randomness())
-
-    job.model.train()
-    scores = logits(job.model, images)
-    loss = F.cross_entropy(scores, labels)
-    value = loss.item()
-    if not math.isfinite(value):
-        raise NonFiniteError(
-            f"the loss became {value} at step {job.step + 1}: lower optimizer.lr, add schedule.warmup or run.clip_norm"
-        )
-    job.optimizer.zero_grad()
-    loss.backward()
-    if recipe.run.clip_norm:
-        clip = torch.nn.utils.clip_grad_norm_ if session is None else session.clip_grad_norm_
-        clip(job.model.parameters(), recipe.run.clip_norm)
-    job.optimizer.step()
-    job.scheduler.step()
-    job.order.advance()
-    job.step += 1
-
-    now = time.perf_counter()
-    seconds, sent, received = {"trusted": now - started}, 0, 0
-    if session is not None and before is not None:
-        after = session.stats()
-        away = {place: after.seconds[place] - before.seconds[place] for place in after.seconds}
-        seconds = {**away, "trusted": max(0.0, now - started - sum(away.values()))}
-        sent, received = after.bytes_sent - before.bytes_sent, after.bytes_received - before.bytes_received
-    accuracy = float((scores.argmax(1) == labels).float().mean())
-    return Step(job.step, value, accuracy, rate, now - began, seconds, sent, received)
-
-
-@final
-class _Job:
-    """Everything that a checkpoint must hold for a run to continue exactly."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        source: data.Source,
-        earlier: Checkpoint | None,
-        initial: Mapping[str, torch.Tensor] | None,
-        *,
-        secret: bool,
-    ) -> None:
-        self.recipe = recipe
-        self.source = source
-        self.format = source.format(recipe.data.resize) if earlier is None else format_of(earlier)
-        self.steps = recipe.steps(len(source.train))
-        self.step = 0
-        self.elapsed = 0.0
-        self._saved = -1
-        _seed(recipe.run.seed)
-        self.model = recipe.model.build(self.format.channels, self.format.size, len(self.format.classes))
-        self.base = "public"
-        """What the weights count as that this run started from, however often it was resumed."""
-        if earlier is not None:
-            self.base = earlier.state.get("base", "public")
-        elif initial is not None:
-            load_model(self.model, initial, "the initial state")
-        elif secret:
-            secret_initialisation(self.model)
-            self.base = "secret"
-        self.optimizer = recipe.optimizer.build(self.model)
-        self.scheduler = scheduler(recipe.schedule, self.optimizer, self.steps)
-        self.order = data.Order(len(source.train), recipe.data.batch_size, recipe.run.seed)
-        if earlier is not None:
-            self._restore(earlier)
-        self.generators = _Generators()
-        self.session: Session | None = None
-        self.moment: _Moment
-        self.back_at, self.turns = -1, 0
-        """The step that was last gone back to, and how often."""
-        self.placed = False
-        """Whether the session has placed the layers: it does when the first batch comes."""
-
-    def due(self, every: int) -> bool:
-        """Whether what happens ``every`` so many steps is due; not at the last one, after which all of it happens."""
-        return every > 0 and self.step % every == 0 and self.step < self.steps
-
-    def save_once(self, store: CheckpointStore) -> None:
-        """Save, unless this very step is saved already."""
-        if self._saved != self.step:
-            self.save(store)
-
-    def save(self, store: CheckpointStore) -> None:
-        parts = {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "generators": checkpoints.generators(),
-            "order": self.order.state_dict(),
-        }
-        tensors: dict[str, dict[str, torch.Tensor]] = {"model": self.model.state_dict()}
-        state: dict[str, Any] = {
-            "recipe": msgspec.to_builtins(self.recipe),
-            "format": msgspec.to_builtins(self.format),
-            "elapsed": self.elapsed,
-            "base": self.base,
-            "trusted": None if self.session is None else _kept(self.session.summary()),
-        }
-        for name, part in parts.items():
-            tensors[name], state[name] = flatten(part)
-        store.save(self.step, {name: group for name, group in tensors.items() if group}, state)
-        self._saved = self.step
-
-    def go_back(self, earlier: Checkpoint) -> None:
-        """To an earlier step of this very run, whose time goes on."""
-        elapsed = self.elapsed
-        if self.session is not None:
-            self.session.abandon_lost_weights()
-        self._restore(earlier)
-        self.elapsed = elapsed
-
-    def _restore(self, earlier: Checkpoint) -> None:
-        def part(name: str) -> Any:
-            return unflatten(earlier.tensors.get(name, {}), earlier.state[name])
-
-        load_model(self.model, earlier.tensors["model"], str(earlier.path))
-        try:
-            self.optimizer.load_state_dict(part("optimizer"))
-            self.scheduler.load_state_dict(part("scheduler"))
-            self.order.load_state_dict(part("order"))
-            checkpoints.restore_generators(part("generators"))
-            self.step, self.elapsed = earlier.step, earlier.state["elapsed"]
-            self._saved = earlier.step
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{earlier.path} does not fit this recipe: {error}") from None
-
-
-@final
-class _Generators:
-    """The states of the random generators at one moment."""
-
-    def __init__(self) -> None:
-        self._state = checkpoints.generators()
-
-    def restore(self) -> None:
-        checkpoints.restore_generators(self._state)
-
-
-@final
-class _Moment:
-    """What a step that fails half-way has already changed: generators, and buffers such as BatchNorm's averages."""
-
-    def __init__(self, job: _Job) -> None:
-        self._job = job
-        self._step = job.step
-        self._generators = _Generators()
-        self._buffers = [buffer.clone() for buffer in job.model.buffers()]
-
-    def restore(self) -> None:
-        if self._job.step > self._step:
-            return  # the step was completed, what failed came after it
-        self._generators.restore()
-        with torch.no_grad():
-            for buffer, earlier in zip(self._job.model.buffers(), self._buffers):
-                buffer.copy_(earlier)
 
 
 @final
@@ -394,13 +218,6 @@ def _as_before(settings: recipes.Session, earlier: Checkpoint | None) -> tuple[r
     return msgspec.structs.replace(settings, placement="all"), earlier.state["trusted"]
 
 
-def _kept(summary: Summary) -> list[str] | None:
-    """Layers that ran in the trusted process only; None while not every layer has had its one place."""
-    if any(bool(line.trusted) == bool(line.offloaded) for line in summary.lines):
-        return None
-    return [line.name for line in summary.lines if line.trusted]
-
-
 def _placed(summary: Summary) -> str:
     """What masks the model, and where its layers went."""
     sent = sum(1 for line in summary.lines if line.offloaded)
@@ -430,7 +247,7 @@ def _make_way(folder: Path, console: Console) -> None:
     console.print(f"{folder} held an earlier run, now in {aside}", soft_wrap=True, highlight=False)
 
 
-def _save_after(error: TempoError, job: _Job, store: CheckpointStore) -> None:
+def _save_after(error: TempoError, job: Job, store: CheckpointStore) -> None:
     """Save what there is and say so on ``error``; after NaN or infinity there is nothing worth saving."""
     if not isinstance(error, NonFiniteError):
         try:
@@ -440,9 +257,3 @@ def _save_after(error: TempoError, job: _Job, store: CheckpointStore) -> None:
                 error.add_note(str(other))
     if steps := store.steps():
         error.add_note(f"Step {steps[-1]} is saved in {store.folder}; continue with --resume.")
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))
-    torch.manual_seed(seed)
