@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "keygen": "Make a key pair for connections to other machines.",
     "audit": "Attack what workers recorded, and report what they learned.",
     "doctor": "Check that workers are reachable, and what gain to expect.",
+    "profile": "Record one training step: where its time goes, here, on the wire and on workers.",
     "bench": "Measure protected against plain training on this machine.",
 }
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -60,11 +60,11 @@ class Batch:
     ) -> None:
         """Send ``message`` with the tensors of ``send`` to its worker; its answers, ``wants``, must pass ``checks``."""
         engine, worker = self.engine, send.worker
-        link, start = engine.links[worker], time.perf_counter()
-        with self._named(worker):
+        link, trace = engine.links[worker], engine.stats.trace
+        with engine.stats.timed("wire", message.__name__, self.name), self._named(worker):
+            exchange = None if trace is None else trace.request(str(link.address), message.__name__, self.name)
             request = message(step=engine.step, layer=self.layer, **fields)
-            futures = link.request(request, send.tensors, wants)
-        engine.stats.seconds["wire"] += time.perf_counter() - start
+            futures = link.request(request, send.tensors, wants, exchange)
         self.posted[worker] = Posted(worker, engine.step, link.last_id, self.layer)
         for name, future in futures.items():
             self._futures.setdefault(name, {})[worker] = future
@@ -74,7 +74,7 @@ class Batch:
     def acknowledged(self) -> None:
         """Await the workers' acknowledgements of what needs no other answer."""
         for worker, future in self._futures.pop("", {}).items():
-            with self._named(worker):
+            with self.engine.stats.timed("wire", "acknowledgement", self.name), self._named(worker):
                 future.result(timeout=self.engine.settings.request_timeout)
 
     def arrived(self, name: str) -> bool:
@@ -95,7 +95,7 @@ class Batch:
         received: dict[int, Received] = {}
         try:
             self._receive(name, received)
-            with engine.stats.timed("mask"):
+            with engine.stats.timed("mask", name, self.name):
                 yield dict(received)
             engine.stats.decryptions[name if name in engine.stats.decryptions else "w"] += 1
         except WorkerError as error:
@@ -108,21 +108,21 @@ class Batch:
     def _receive(self, name: str, received: dict[int, Received]) -> None:
         """Await the answers called ``name``; ``received`` has those that came, even if a later one does not."""
         engine, futures = self.engine, self._futures[name]
-        start = time.perf_counter()
+        waited, trace = 0, engine.stats.trace
         before = {worker: engine.links[worker].worker_nanoseconds for worker in futures}
         for worker in list(futures):
             named = partial(self._named, worker)
             with named():
+                start = time.perf_counter_ns()
                 # Out of the batch whatever comes: what is left in it when something fails is given back with it.
-                tensor = futures.pop(worker).result(timeout=engine.settings.request_timeout)
+                with nullcontext() if trace is None else trace.span("wait", name, self.name):
+                    tensor = futures.pop(worker).result(timeout=engine.settings.request_timeout)
+                waited += time.perf_counter_ns() - start
             check = self._checks.pop((name, worker), None)
-            received[worker] = Received(engine, worker, name, tensor, check, named)
-        waited = time.perf_counter() - start
-        computing = (
-            max(engine.links[worker].worker_nanoseconds - nanoseconds for worker, nanoseconds in before.items()) / 1e9
-        )
-        engine.stats.seconds["worker"] += min(waited, computing)
-        engine.stats.seconds["wire"] += max(0.0, waited - computing)
+            received[worker] = Received(engine, worker, name, self.name, tensor, check, named)
+        computing = max(engine.links[worker].worker_nanoseconds - earlier for worker, earlier in before.items())
+        engine.stats.seconds["worker"] += min(waited, computing) / 1e9
+        engine.stats.seconds["wire"] += max(0, waited - computing) / 1e9
 
     @contextmanager
     def _named(self, worker: int) -> Iterator[None]:

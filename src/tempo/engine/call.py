@@ -151,8 +151,7 @@ class Call:
     def _prepare_checks(self, *, want_y: bool) -> None:
         product = self.product
         self.checks = product.engine.verifier.inputs(
-            product.engine,
-            product.number,
+            product,
             self.stored.checks,
             self.encoded.operands,
             keep=bool(self.operand) and self.residence is None,
@@ -181,7 +180,7 @@ class Call:
         """
         product = self.product
         product.engine.check_open()
-        with product.engine.stats.timed("mask"):
+        with product.engine.stats.timed("mask", "g", product.name):
             rows = product.scheme.rows_to_repeat(g, *self.shapes, want_dw=want_dw)
         if self.residence is not None:
             if [p._version for p in self.residence.parameters] != self.versions:
@@ -223,7 +222,7 @@ class Call:
         engine, kind, residence = self.product.engine, self.product.kind, self.residence if want_dw else None
         engine.keys.check_process()
         engine.settle()
-        with engine.stats.timed("mask"):
+        with engine.stats.timed("mask", "g", self.product.name):
             engine.warn_if_not_finite(self.product.name, g)
             encoded = self.encoded.encode_gradient(
                 g,
@@ -243,7 +242,9 @@ class Call:
         engine.stats.encryptions["g"] += 1
         engine.backward_seen()
         answered = want_dw and residence is None
-        checks = engine.verifier.gradients(engine, self.checks, encoded.operands, want_dx=want_dx, want_dw=answered)
+        checks = engine.verifier.gradients(
+            self.product, self.checks, encoded.operands, want_dx=want_dx, want_dw=answered
+        )
         batch = engine.batch(self.product)
         for operand in encoded.operands:
             dtype = operand.tensors["g"].dtype

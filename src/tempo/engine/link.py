@@ -25,6 +25,7 @@ from torch import Tensor
 import tempo
 from tempo.engine.dial import dial
 from tempo.engine.measure import Measurement, measure
+from tempo.engine.trace import Exchange
 from tempo.errors import (
     ProtocolError,
     WorkerError,
@@ -86,6 +87,7 @@ class _Pending:
     sent: list[Block]
     wants: dict[str, _Want]
     acknowledged: Future[None] | None
+    exchange: Exchange | None
 
 
 @final
@@ -169,7 +171,11 @@ class Link:
         return tensor
 
     def request(
-        self, message: Request, tensors: Mapping[str, Tensor], wants: Mapping[str, tuple[Shape, torch.dtype]]
+        self,
+        message: Request,
+        tensors: Mapping[str, Tensor],
+        wants: Mapping[str, tuple[Shape, torch.dtype]],
+        exchange: Exchange | None = None,
     ) -> dict[str, Future[Tensor]] | dict[str, Future[None]]:
         """Send a request and return a future for each wanted tensor.
 
@@ -177,6 +183,7 @@ class Link:
             message: The request; its id and references are filled in here.
             tensors: Operands by name. Those from `empty` are used in place and taken over; others are copied.
             wants: Shape and dtype of each answer by name.
+            exchange: Notes what is sent and what comes, before futures resolve.
 
         Returns:
             Futures by name, or one under `ACKNOWLEDGED` if nothing is wanted. They fail with a `WorkerError`.
@@ -198,7 +205,7 @@ class Link:
             message = msgspec.structs.replace(
                 message, id=self.last_id, tensors=refs, wants=tuple(want.ref for want in due.values())
             )
-            self._send(_Pending(message, sent, due, acknowledged), payload)
+            self._send(_Pending(message, sent, due, acknowledged, exchange), payload)
         return futures if acknowledged is None else {ACKNOWLEDGED: acknowledged}
 
     def private(self, reply: Tensor) -> Tensor | None:
@@ -264,7 +271,10 @@ class Link:
             self._fail(pending, self._lost)
             return
         self._pending[message.id] = pending
-        self.bytes_sent += sum(map(size_of, message.tensors))
+        size = sum(map(size_of, message.tensors))
+        self.bytes_sent += size
+        if pending.exchange is not None:
+            pending.exchange.size = size
         try:
             self._send_notices()
             self._channel.send(message, payload)
@@ -325,6 +335,8 @@ class Link:
         pending = self._pending.get(message.id)
         if pending is None:
             raise ProtocolError(f"an answer to request {message.id}, which is not in flight")
+        if pending.exchange is not None:
+            pending.exchange.begins()
         if not message.tensors and pending.acknowledged is not None:
             return ()
         want = pending.wants.get(message.tensors[0].name) if len(message.tensors) == 1 else None
@@ -338,6 +350,9 @@ class Link:
         if pending is None:
             return  # the link was closed meanwhile
         want = pending.wants.pop(message.tensors[0].name, None) if message.tensors else None
+        if pending.exchange is not None:
+            name, size = (want.ref.name, size_of(want.ref)) if want is not None else (ACKNOWLEDGED, 0)
+            pending.exchange.arrived(name, message.nanoseconds, size)
         if not pending.wants and self._pending.pop(message.id, None) is not None:
             self._recycle(pending.sent)
             if pending.acknowledged is not None:

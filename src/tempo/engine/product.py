@@ -120,7 +120,7 @@ class Product:
             here = [w.to(x.dtype) for w in sources]
             targets = engine.targets(self.number, x.shape[0], work, self.scheme.traits.operators)
             stored, weight = self._store(here, sources, targets, again), partial(_whole, here)
-        with engine.stats.timed("mask"):
+        with engine.stats.timed("mask", "x", self.name):
             self.check_finite(x, "input")
             encoded = stored.encoded.encode_input(x, engine.keys.fresh(self.number, "x"), targets, engine.empty, weight)
         engine.stats.encryptions["x"] += 1
@@ -165,7 +165,7 @@ class Product:
         """The weight on the workers: the one that is there while it holds, else freshly masked."""
         engine, stored = self.engine, self._stored
         lasting = not self.scheme.traits.fresh_every_call
-        with engine.stats.timed("mask"):
+        with engine.stats.timed("mask", "w", self.name):
             fingerprint = [Fingerprint(w) for w in sources] if lasting else []
         if (
             lasting
@@ -178,7 +178,7 @@ class Product:
         ):
             return stored
         self._stored = None  # lets go of the old masks even if what follows fails
-        with engine.stats.timed("mask"):
+        with engine.stats.timed("mask", "w", self.name):
             w = _whole(weights)
             self.check_finite(w, "weight")
             encoded = self.scheme.encode_weight(

@@ -26,6 +26,7 @@ class Received(Reply):
         engine: Whose.
         worker: Its number.
         name: What it is.
+        layer: Whose it is, for messages and traces.
         tensor: As it came; `release` gives it back.
         check: Its check, or None.
         named: Adds the layer to errors.
@@ -36,19 +37,21 @@ class Received(Reply):
         engine: Engine,
         worker: int,
         name: str,
+        layer: str,
         tensor: Tensor,
         check: AnswerCheck | None,
         named: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.shape = tensor.shape
-        self._engine, self._link, self._name = engine, engine.links[worker], name
+        self._engine, self._link = engine, engine.links[worker]
+        self._name, self._layer = name, layer
         self._tensor, self._check, self._named = tensor, check, named
 
     def checked(self) -> Tensor:
         """The answer, after its check, which reads a copy where it lay in shared memory."""
         check, self._check = self._check, None
         if check is not None:
-            with self._named(), self._engine.stats.timed("verify"):
+            with self._named(), self._engine.stats.timed("verify", self._name, self._layer):
                 came, into = self._tensor, self._link.private(self._tensor)
                 try:
                     residual = check.judge(came, into)
@@ -67,7 +70,7 @@ class Received(Reply):
             unmask(self._tensor, watch=watch)
             if watch.seen:
                 self._check = None
-                with self._named(), self._engine.stats.timed("verify"):
+                with self._named(), self._engine.stats.timed("verify", self._name, self._layer):
                     lengths = watch.lengths.add_(lost(watch.sums.dtype, watch.vectors.shape[1]))
                     self._judge(check.judge_sums(Sums(watch.sums, lengths), self._tensor.dtype))
                 return

@@ -84,7 +84,7 @@ class Residence:
         """What the gradient will be multiplied by: clipping decides it."""
         self._ending = ""
 
-        with engine.stats.timed("mask"):
+        with engine.stats.timed("mask", "w", self.name):
             self._journal = {"w": torch.cat([p.detach() for p in self.parameters]), **terms.state(self.parameters)}
             if self.gradient:
                 whole = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
@@ -95,7 +95,7 @@ class Residence:
         tensors = encoded.operands[0].tensors
         self.sketch: Sketch | None = None
         if engine.verifier.share and terms.linear:
-            with engine.stats.timed("verify"):
+            with engine.stats.timed("verify", "w", self.name):
                 kept = {name: tensors[name] for name in self._kept}
                 key = engine.keys.fresh(product.number, "verify-w")
                 self.sketch = Sketch(tensors["w"], key, kept, tensors.get("gradient"))
@@ -139,7 +139,7 @@ class Residence:
         """Note that the worker is about to be sent ``g``, the gradient of a call on ``x``, both plain."""
         self.gradient = self._changed = True
         if self.sketch is not None:
-            with self.product.engine.stats.timed("verify"):
+            with self.product.engine.stats.timed("verify", "g", self.name):
                 self.sketch.accumulate(x, g, self.encoded.masks)
 
     def discard(self) -> None:
@@ -163,10 +163,10 @@ class Residence:
         batch = engine.batch(self.product)
         batch.post(self._bare, Update, {}, weight=self.stored.number, rule=rule, scale=self.scale)
         self.stored.unconfirmed.append(batch)
-        with engine.stats.timed("mask"):
+        with engine.stats.timed("mask", "g", self.name):
             self.encoded.follow(rule, self.scale)
         if self.sketch is not None:
-            with engine.stats.timed("verify"):
+            with engine.stats.timed("verify", "g", self.name):
                 self.sketch.update(rule, self.scale)
         self._kept = list(dict.fromkeys([*self._kept, *states(rule)]))
         self._changed = True
@@ -189,7 +189,7 @@ class Residence:
     def peek(self) -> Tensor:
         """The weight as it is now: needed here for once, so that its next call will not go out like this."""
         self._ending = "features that are zero in all rows had to be filled"
-        with self.product.engine.stats.timed("mask"):
+        with self.product.engine.stats.timed("mask", "w", self.name):
             return self.encoded.decode_kept("w", self._fetch(self._wanted("w"))["w"])
 
     # --- how it ends ---
@@ -221,7 +221,7 @@ class Residence:
         except WorkerError as error:
             self.product.engine.dismiss(error)  # raises, unless nothing had changed
             return
-        with self.product.engine.stats.timed("mask"):
+        with self.product.engine.stats.timed("mask", "w", self.name):
             self._restore({name: self.encoded.decode_kept(name, tensor) for name, tensor in fetched.items()})
 
     def doubt(self) -> None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Final
+
+from tempo.engine.trace import Trace
+
+_UNTRACED: Final = nullcontext()
 
 
 @dataclass
@@ -34,13 +39,18 @@ class Stats:
     running: list[str] = field(default_factory=list, compare=False, repr=False)
     """What is being timed at this moment, innermost last."""
 
+    trace: Trace | None = field(default=None, compare=False, repr=False)
+    """Where each span is noted, while somebody wants to know."""
+
     @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Add the time spent inside to ``seconds[what]``, but for what is timed in there by itself."""
+    def timed(self, what: str, operand: str = "", layer: str = "") -> Iterator[None]:
+        """Add the time spent inside, on an ``operand`` of a ``layer``, to ``seconds[what]``, but for what is
+        timed in there by itself."""
         start = time.perf_counter()
         self.running.append(what)
         try:
-            yield
+            with self.trace.span(what, operand, layer) if self.trace is not None else _UNTRACED:
+                yield
         finally:
             self.running.pop()
             took = time.perf_counter() - start

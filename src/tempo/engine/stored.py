@@ -36,7 +36,7 @@ class StoredWeight:
         self.rows_served = 0
         self.banned = len(engine.crew.banned)
         if checks is None:
-            checks = engine.verifier.weights(engine, product.number, product.kind, encoded.operands)
+            checks = engine.verifier.weights(product, encoded.operands)
         self.checks = checks
         batch = engine.batch(product)
         self.unconfirmed: list[Batch] = [batch]

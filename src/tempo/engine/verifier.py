@@ -13,10 +13,9 @@ from tempo.errors import WorkerLiedError
 from tempo.schemes.base import Operand
 from tempo.verify.checks import GradientCheck, InputCheck, Residual, WeightCheck
 from tempo.verify.sketch import Sketch
-from tempo.wire.messages import Product
 
 if TYPE_CHECKING:
-    from tempo.engine.engine import Engine
+    from tempo.engine.product import Product
 
 _WHAT = {"y": "output", "dx": "input gradient", "dw": "weight gradient", "w": "weight"}
 
@@ -36,20 +35,18 @@ class Verifier:
         """Whether to check this call: by a coin that workers cannot know, where only a sample is checked."""
         return self.share == 1.0 or (self.share > 0.0 and secrets.SystemRandom().random() < self.share)
 
-    def weights(
-        self, engine: Engine, number: int, kind: Product, operands: Sequence[Operand]
-    ) -> dict[int, WeightCheck]:
+    def weights(self, product: Product, operands: Sequence[Operand]) -> dict[int, WeightCheck]:
         """Checks of a weight about to be stored, by worker."""
         if not self.share:
             return {}
-        with engine.stats.timed("verify"):
-            fresh = partial(engine.keys.fresh, number, "verify-w")
-            return {o.worker: WeightCheck(kind, o.tensors["w"], fresh()) for o in operands}
+        engine = product.engine
+        with engine.stats.timed("verify", "w", product.name):
+            fresh = partial(engine.keys.fresh, product.number, "verify-w")
+            return {o.worker: WeightCheck(product.kind, o.tensors["w"], fresh()) for o in operands}
 
     def inputs(
         self,
-        engine: Engine,
-        number: int,
+        product: Product,
         weights: Mapping[int, WeightCheck],
         operands: Sequence[Operand],
         *,
@@ -59,17 +56,18 @@ class Verifier:
         """Checks of an input about to be sent, by worker; none if this call is not chosen."""
         if not weights or not self.chooses():
             return {}
-        with engine.stats.timed("verify"):
+        engine = product.engine
+        with engine.stats.timed("verify", "x", product.name):
             return {
                 o.worker: weights[o.worker].forward(
-                    o.tensors["x"], engine.keys.fresh(number, "verify-x"), keep=keep, want_y=want_y
+                    o.tensors["x"], engine.keys.fresh(product.number, "verify-x"), keep=keep, want_y=want_y
                 )
                 for o in operands
             }
 
     def gradients(
         self,
-        engine: Engine,
+        product: Product,
         inputs: Mapping[int, InputCheck],
         operands: Sequence[Operand],
         *,
@@ -79,7 +77,7 @@ class Verifier:
         """Checks of a gradient about to be sent, by worker."""
         if not inputs:
             return {}
-        with engine.stats.timed("verify"):
+        with product.engine.stats.timed("verify", "g", product.name):
             return {
                 o.worker: inputs[o.worker].backward(o.tensors["g"], want_dx=want_dx, want_dw=want_dw) for o in operands
             }

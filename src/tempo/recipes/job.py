@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from tempo import checkpoint as checkpoints
 from tempo.checkpoint import Checkpoint, CheckpointStore, flatten, load_model, unflatten
@@ -173,26 +174,32 @@ def one_step(job: Job, began: float) -> Step:
     before = session.stats() if session is not None else None
     rate = float(job.scheduler.get_last_lr()[0])
 
-    chosen = job.order.batch()
-    labels = job.source.train.labels[chosen]
-    images = job.format.numbers(job.source.train.images[chosen])
-    images = data.augment(images, recipe.data.augment, job.order.randomness())
+    with record_function("data"):
+        chosen = job.order.batch()
+        labels = job.source.train.labels[chosen]
+        images = job.format.numbers(job.source.train.images[chosen])
+        images = data.augment(images, recipe.data.augment, job.order.randomness())
 
     job.model.train()
-    scores = logits(job.model, images)
-    loss = F.cross_entropy(scores, labels)
-    value = loss.item()
+    with record_function("forward"):
+        scores = logits(job.model, images)
+    with record_function("loss"):
+        loss = F.cross_entropy(scores, labels)
+        value = loss.item()
     if not math.isfinite(value):
         raise NonFiniteError(
             f"the loss became {value} at step {job.step + 1}: lower optimizer.lr, add schedule.warmup or run.clip_norm"
         )
     job.optimizer.zero_grad()
-    loss.backward()
+    with record_function("backward"):
+        loss.backward()
     if recipe.run.clip_norm:
-        clip = torch.nn.utils.clip_grad_norm_ if session is None else session.clip_grad_norm_
-        clip(job.model.parameters(), recipe.run.clip_norm)
-    job.optimizer.step()
-    job.scheduler.step()
+        with record_function("clip"):
+            clip = torch.nn.utils.clip_grad_norm_ if session is None else session.clip_grad_norm_
+            clip(job.model.parameters(), recipe.run.clip_norm)
+    with record_function("optimizer"):
+        job.optimizer.step()
+        job.scheduler.step()
     job.order.advance()
     job.step += 1
 

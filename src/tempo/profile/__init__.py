@@ -1,0 +1,1 @@
+"""Where the time of a step goes: recorded, written as a trace, summed up and drawn."""
