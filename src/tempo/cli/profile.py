@@ -49,9 +49,9 @@ def profile(
     accounts = account(recording)
     masks = "plain" if plain else f"scheme {job.session.scheme}"
     title = f"Step {step} of {recipe.name}, {masks}: {recording.duration / 1e6:,.0f} ms"
-    if unrecorded:
-        title += f" (the step before, which nothing recorded: {unrecorded[-1] * 1000:,.0f} ms)"
     about = {"recipe": recipe.name, "step": str(step), "masks": masks, "placement": job.session.placement, **machine()}
+    if unrecorded:
+        about["the step before, not recorded"] = f"{unrecorded[-1] * 1000:,.0f} ms"
     chrome.write(out, recording, accounts, about)
     page = summary.page(accounts, title, about)
     text = out.with_suffix(".md")

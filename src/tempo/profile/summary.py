@@ -35,9 +35,9 @@ class Page:
 
     def terminal(self) -> Group:
         """For a terminal."""
-        parts: list[Table | str] = []
+        parts: list[Table | str] = [self.title]
         for columns, rows in self.tables:
-            table = Table(title=None if parts else self.title, title_justify="left")
+            table = Table()
             for number, column in enumerate(columns):
                 table.add_column(column, justify="right" if number else "left", overflow="fold")
             for row in rows:
@@ -106,8 +106,9 @@ def _notes(accounts: Accounts) -> Iterator[str]:
     trusted = accounts.duration - accounts.waiting
     busiest = max(accounts.computed.values())
     yield (
-        f"This side worked for {_ms(trusted)} ms, which is what the step would take with workers and a wire that take no "
-        f"time, and waited for {_ms(accounts.waiting)} ms. The busiest worker computed for {_ms(busiest)} ms, as it says. "
+        f"This side worked for {_ms(trusted)} ms, which is what the step would take with workers and a wire that take "
+        f"no time, and waited for {_ms(accounts.waiting)} ms. The busiest worker computed for {_ms(busiest)} ms, as it "
+        "says. "
         f"If nobody ever waited, the step would take as long as the longer of the two: {_ms(accounts.bound)} ms, "
         f"{accounts.duration / accounts.bound:.2f} times as fast."
     )
