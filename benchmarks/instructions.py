@@ -1,0 +1,198 @@
+"""Instructions per element of the native kernels, counted by valgrind: the same on every run, unlike times.
+
+    python benchmarks/instructions.py            # compare with instructions.json; exit status 1 if any is above
+    python benchmarks/instructions.py --write    # write instructions.json anew
+
+Each kernel is called once and then twice; the difference is one call, without what surrounds it. AVX-512 is
+beyond valgrind, so ``avx2`` is what is counted: both are compiled from one source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ISA = "avx2"
+TOLERANCE = 0.1
+"""How far above what `FILE` has a count may be: compilers differ."""
+
+FILE = Path(__file__).with_suffix(".json")
+ROWS, COLUMNS = 192, 256
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function and its arguments. NumPy's arrays stand for tensors: PyTorch takes minutes to load under valgrind."""
+
+
+def kernels() -> dict[str, tuple[Call, int]]:
+    """By name, a call of each kernel and how many elements it is for. To count another one, add a line."""
+    from tempo import _kernels as native
+
+    if ISA not in native.supported():
+        sys.exit(f"this installation has no {ISA} kernels, only {native.supported()}")
+    native.select(ISA)
+    x, y = floats(ROWS, COLUMNS), floats(ROWS, COLUMNS)
+    half = Half(x)
+    size = x.size
+    return {
+        "permute": (sandwich(x, y, permuted(ROWS), permuted(COLUMNS)), size),
+        "permute, to bfloat16": (sandwich(x, half, permuted(ROWS), permuted(COLUMNS)), size),
+        "permute, from bfloat16": (sandwich(half, y, permuted(ROWS), permuted(COLUMNS)), size),
+        "blocks of 16 on both sides": (sandwich(x, y, blocks(ROWS, 16), blocks(COLUMNS, 16)), size),
+        "blocks of 32 on both sides": (sandwich(x, y, blocks(ROWS, 32), blocks(COLUMNS, 32)), size),
+        "two rounds of 32 on both sides": (sandwich(x, y, blocks(ROWS, 32, 2), blocks(COLUMNS, 32, 2)), size),
+    }
+
+
+def floats(*shape: int) -> np.ndarray:
+    """Numbers; what they are does not matter to a kernel without branches."""
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+def permuted(size: int, gathers: int = 1) -> tuple[Any, ...]:
+    """An operator that permutes and scales."""
+    order = [np.random.default_rng(i).permutation(size).astype(np.int32) for i in range(gathers)]
+    return order, floats(size) if gathers == 1 else None, []
+
+
+def blocks(size: int, side: int, rounds: int = 1) -> tuple[Any, ...]:
+    """An operator that permutes and multiplies blocks, so many times."""
+    order, _, _ = permuted(size, rounds + 1)
+    return order, None, [[floats(size // side, side, side)] for _ in range(rounds)]
+
+
+def sandwich(x: Any, y: Any, rows: Any, columns: Any) -> Call:
+    """A mask from ``x`` to ``y``."""
+    from tempo import _kernels as native
+
+    return native.sandwich, (x[None], rows, columns, [y[None]], 0, [None])
+
+
+class Half:
+    """An array of bfloat16, which NumPy has none of: it says so to whom it lends its memory."""
+
+    def __init__(self, like: np.ndarray) -> None:
+        self._bits = np.zeros(like.shape, np.uint16)
+
+    def __getitem__(self, index: Any) -> Half:
+        part = Half(self._bits[:0])
+        part._bits = self._bits[index]
+        return part
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._bits.__dlpack_device__()
+
+    def __dlpack__(self, **_: Any) -> Any:
+        capsule = self._bits.__dlpack__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        at = pointer(capsule, b"dltensor")
+        # Data, device (two 32-bit integers) and the number of axes come before the type, whose first byte is its code.
+        ctypes.c_uint8.from_address(at + ctypes.sizeof(ctypes.c_void_p) + 12).value = 4
+        return capsule
+
+
+_HELPER = """
+#include <valgrind/callgrind.h>
+void start(void) { CALLGRIND_START_INSTRUMENTATION; }
+void begin(void) { CALLGRIND_ZERO_STATS; }
+void end(const char *name) { CALLGRIND_DUMP_STATS_AT(name); }
+"""
+
+
+def count() -> dict[str, float]:
+    """Instructions per element of each of `kernels`.
+
+    Raises:
+        LookupError: valgrind or a C compiler is missing, and which.
+        RuntimeError: A kernel failed.
+    """
+    compiler = os.environ.get("CC", "cc")
+    for tool in "valgrind", compiler:
+        if shutil.which(tool) is None:
+            raise LookupError(f"{tool} is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        helper, dump = Path(folder, "helper.so"), Path(folder, "dump")
+        source = Path(folder, "helper.c")
+        source.write_text(_HELPER)
+        build = [compiler, "-shared", "-fPIC", "-O1", "-o", str(helper), str(source)]
+        built = subprocess.run(build, capture_output=True, text=True, check=False)  # noqa: S603
+        if built.returncode:
+            raise LookupError(f"valgrind's headers, or a working {compiler}, are not installed: {built.stderr}")
+        options = ["--tool=callgrind", "--dump-line=no", "--instr-atstart=no", f"--callgrind-out-file={dump}"]
+        one_thread = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        command = ["valgrind", "-q", *options, sys.executable, __file__, "--within", str(helper)]
+        environment = os.environ | one_thread
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+        if run.returncode:
+            raise RuntimeError(f"a kernel failed under valgrind: {run.stderr or run.stdout}")
+        sizes = json.loads(run.stdout)
+        totals = {}
+        for part in Path(folder).glob("dump.*"):
+            lines = dict(line.split(": ", 1) for line in part.read_text().splitlines() if ": " in line)
+            totals[lines["desc"].removeprefix("Trigger: Client Request: ")] = int(lines["totals"])
+    return {name: round((totals[f"2 {name}"] - totals[f"1 {name}"]) / size, 3) for name, size in sizes.items()}
+
+
+def within(helper: str) -> None:
+    """Call each kernel, under valgrind."""
+    tell = ctypes.CDLL(helper)
+    calls = kernels()
+    for (function, arguments), _ in calls.values():
+        function(*arguments)  # takes the memory that it keeps
+    tell.start()
+    for name, ((function, arguments), _) in calls.items():
+        for times in 1, 2:
+            tell.begin()
+            for _ in range(times):
+                function(*arguments)
+            tell.end(f"{times} {name}".encode())
+    print(json.dumps({name: size for name, (_, size) in calls.items()}))
+
+
+def expected() -> dict[str, float]:
+    """The counts in `FILE`."""
+    found: dict[str, float] = json.loads(FILE.read_text())[ISA]
+    return found
+
+
+def above(counted: dict[str, float], expected: dict[str, float]) -> list[str]:
+    """What is wrong with ``counted``, in words."""
+    wrong = [f"{name}: not in {FILE.name}; write it anew" for name in counted.keys() - expected.keys()]
+    wrong += [f"{name}: in {FILE.name}, but not counted any more" for name in expected.keys() - counted.keys()]
+    for name in counted.keys() & expected.keys():
+        if counted[name] > expected[name] * (1 + TOLERANCE):
+            wrong.append(f"{name}: {counted[name]:.2f} instructions an element, {expected[name]:.2f} expected")
+    return sorted(wrong)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"write {FILE.name} anew")
+    parser.add_argument("--within", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.within:
+        within(options.within)
+        return
+    counted = count()
+    if options.write:
+        FILE.write_text(json.dumps({ISA: counted}, indent=2) + "\n")
+    print(f"{'instructions an element':40} {'counted':>8} {'expected':>8}")
+    for name, figure in counted.items():
+        print(f"{name:40} {figure:8.2f} {expected().get(name, float('nan')):8.2f}")
+    if wrong := above(counted, expected()):
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
