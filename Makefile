@@ -22,8 +22,11 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Ratios, one thread on every side. KEEP=HARDWARE-DATE keeps them in benchmarks/.
 bench: .venv/.installed
-	$(BIN)/tempo bench --model vit-small
+	$(if $(KEEP),mkdir -p benchmarks/kernels benchmarks/trusted-side/$(KEEP))
+	$(BIN)/python benchmarks/kernels.py $(if $(KEEP),--json benchmarks/kernels/$(KEEP).json)
+	$(BIN)/tempo bench --model vit-small $(if $(KEEP),--json benchmarks/trusted-side/$(KEEP)/vit-small.json)
 
 chaos: .venv/.installed
 	TEMPO_CHAOS_RUNS=200 TEMPO_CHAOS_KILLS=100 TEMPO_CHAOS_TABLE=chaos.json \
