@@ -45,7 +45,8 @@ class Stats:
     @contextmanager
     def timed(self, what: str, operand: str = "", layer: str = "") -> Iterator[None]:
         """Add the time spent inside, on an ``operand`` of a ``layer``, to ``seconds[what]``, but for what is
-        timed in there by itself."""
+        timed in there by itself.
+        """
         start = time.perf_counter()
         self.running.append(what)
         try:
