@@ -87,8 +87,7 @@ def whole_schemes(rows: int, features: int) -> None:
         medians = {part: sorted(took)[REPEATS // 2] for part, took in taken.items()}
         figures = ", ".join(f"{part} {medians[part] / parts[part] * 1e9:.1f}" for part in parts)
         mean = sum(medians[part] for part in ("x", "y", "g", "dx")) / (4 * x.numel()) * 1e9
-        told = made[label].mask_seconds_per_element(features) * 1e9
-        print(f"{label:20} {figures}; activations {mean:.1f}, planner {told:.1f}")
+        print(f"{label:20} {figures}; activations {mean:.1f}")
 
 
 def masks_alone(rows: int, features: int) -> None:

@@ -65,7 +65,7 @@ def doctor(
         )
     if reached:
         console.print(table)
-        console.print(_gain(reached))
+        console.print(_gain(reached, settings))
     for problem in problems:
         console.print(f"[red]✗[/] {escape(problem)}", soft_wrap=True, highlight=False)
     for link in reached:
@@ -74,17 +74,18 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _gain(links: list[Link]) -> Table:
+def _gain(links: list[Link], settings: Settings) -> Table:
     """What a training step of some typical layers would take here and through the workers, by the planner's model."""
-    planner, scheme = Planner("auto", links), schemes.create(Settings().scheme)
+    planner, scheme, speed = Planner(settings, links), schemes.create(settings.scheme), 0.0
     title = f"one training step in float32: here, or through these workers under {scheme.name} (estimate)"
     table = Table("layer", title=title)
-    for heading in ("here", "masking", "wire", "workers", "gain"):
+    for heading in ("here", "masks", "checks", "wire", "workers", "gain"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, (product, x, w) in _LAYERS.items():
-        estimate = planner.estimate(scheme, x, w, flops(product, x, w), torch.float32, training=True)
-        total = estimate.cost + estimate.worker
-        cells = (estimate.saved, estimate.mask, estimate.wire, estimate.worker)
-        table.add_row(name, *(f"{seconds * 1e3:,.0f} ms" for seconds in cells), f"{estimate.saved / total:.1f} ×")
-    table.caption = f"here: {torch.get_num_threads()} threads at {planner.trusted_flops_per_s / 1e9:,.0f} GFLOP/s"
+        estimate = planner.estimate(scheme, product, x, w, torch.float32, want_dx=True, want_dw=True)
+        speed = max(speed, 3 * flops(product, x, w) / estimate.saved)
+        cells = (estimate.saved, estimate.mask, estimate.check, estimate.wire, estimate.worker)
+        gain = estimate.saved / (estimate.cost + estimate.worker)
+        table.add_row(name, *(f"{seconds * 1e3:,.0f} ms" for seconds in cells), f"{gain:.1f} ×")
+    table.caption = f"here: {torch.get_num_threads()} threads at {speed / 1e9:,.0f} GFLOP/s"
     return table

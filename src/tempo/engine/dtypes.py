@@ -14,6 +14,12 @@ WIRE_DTYPES = {
 }
 
 
+def on_the_wire(setting: str, dtype: torch.dtype) -> torch.dtype:
+    """What operands of a product computed in ``dtype`` travel in, by the setting ``wire_dtype``."""
+    found: torch.dtype = WIRE_DTYPES[dtype] if setting == "auto" else getattr(torch, setting)
+    return found
+
+
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype plain PyTorch would multiply in, autocast included."""
     device = x.device.type

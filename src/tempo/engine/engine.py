@@ -61,7 +61,7 @@ class Engine:
         self.scheme = scheme
         self.keys = KeySchedule()
         self.stats = Stats()
-        self.planner = Planner(settings.placement, links, settings.verify != "off")
+        self.planner = Planner(settings, links)
         self.crew = Crew(links, self.planner.shares, recall, settings.patience)
         self.crew.check(scheme)
         self.verifier = Verifier(settings.verify)

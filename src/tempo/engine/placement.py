@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from statistics import median
 
 import torch
 
-from tempo.engine.dtypes import WIRE_DTYPES
+from tempo.engine.costs import Costs, MeasuredCosts
+from tempo.engine.dtypes import on_the_wire
+from tempo.engine.geometry import flops, output_shape
 from tempo.engine.link import Link
+from tempo.engine.verifier import Verifier
 from tempo.schemes.base import Scheme
+from tempo.settings import Settings
+from tempo.wire.messages import Product
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Seconds of one call, its gradients included: what the product takes here, or masks, checks, the wire, workers."""
+
+    saved: float
+    mask: float
+    check: float
+    wire: float
+    worker: float
+
+    @property
+    def cost(self) -> float:
+        """What the trusted side pays for sending it out."""
+        return self.mask + self.check + self.wire
+
+    def __str__(self) -> str:
+        parts = f"masks {self.mask * 1e3:.2f}, checks {self.check * 1e3:.2f}, wire {self.wire * 1e3:.2f}"
+        return f"{self.saved * 1e3:.2f} ms here, {self.cost * 1e3:.2f} ms to send out ({parts})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,50 +44,31 @@ class Decision:
 
     offload: bool
     reason: str
+    estimate: Estimate | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Seconds that one offloaded call saves (its product) and costs the trusted side, and those a worker computes.
-
-    ``mask`` includes checks of answers.
-    """
-
-    saved: float
-    mask: float
-    wire: float
-    worker: float
-
-    @property
-    def cost(self) -> float:
-        """What the trusted side pays."""
-        return self.mask + self.wire
-
-
-CHECK_SECONDS = 1.0e-9
-"""Checking one element of an operand or answer on one core, about (docs/decisions/0014)."""
 
 OFFLOADED = Decision(True, "offloaded")
 
 
 class Planner:
-    """Decides by cost on the trusted side: the matrix FLOPs saved against masking, copying and waiting for the wire.
+    """Decides by cost on the trusted side: what a product takes here against masks, checks, and the wire.
 
     Args:
-        placement: ``all`` sends everything that can be sent; ``auto`` what pays.
-        links: The session's workers.
-        checked: Whether answers are checked.
+        settings: Of the session.
+        links: Its workers.
+        costs: What things take on this machine; None: measure it.
 
     The workers' own compute time is left out: a worker stands for a GPU, and a local CPU worker for trying things out.
     """
 
-    def __init__(self, placement: str, links: Sequence[Link], checked: bool = True) -> None:
-        self.placement = placement
-        self._check_seconds = CHECK_SECONDS if checked else 0.0
+    def __init__(self, settings: Settings, links: Sequence[Link], costs: Costs | None = None) -> None:
+        self.placement = settings.placement
+        self._wire_dtype = settings.wire_dtype
+        self._checked = Verifier(settings.verify).share
         self.measurements = [link.measure() for link in links]
         self._total = sum(m.flops_per_s for m in self.measurements)
         self.shares = [m.flops_per_s / self._total for m in self.measurements]
-        self.trusted_flops_per_s = measure_trusted_flops() if placement == "auto" else float("inf")
+        self._costs = costs or MeasuredCosts(settings.wire_dtype, [link.address.operator for link in links])
         self._decisions: dict[tuple[object, ...], Decision] = {}
 
     def share(self, link: Link) -> float:
@@ -72,72 +76,74 @@ class Planner:
         return link.measure().flops_per_s / self._total
 
     def decide(
-        self, scheme: Scheme, x: Sequence[int], w: Sequence[int], flops: int, dtype: torch.dtype, training: bool
+        self,
+        scheme: Scheme,
+        product: Product,
+        x: tuple[int, ...],
+        w: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        want_dx: bool,
+        want_dw: bool,
     ) -> Decision:
-        """Place one call.
+        """Place one call, and the gradients that follow it.
 
         Args:
             scheme: What would mask it.
+            product: What is computed.
             x: Shape of the input.
             w: Shape of the weight, output features first.
-            flops: Of one pass.
             dtype: Compute dtype.
-            training: Whether gradients will follow.
+            want_dx: Whether the input has a gradient.
+            want_dw: Whether the weight has, and so changes from step to step.
         """
         if self.placement == "all":
             return OFFLOADED
-        key = (scheme, tuple(x), tuple(w), flops, dtype, training)
+        key = (scheme, product, x, w, dtype, want_dx, want_dw)
         if key not in self._decisions:
-            self._decisions[key] = self._weigh(self.estimate(scheme, x, w, flops, dtype, training))
+            found = self.estimate(scheme, product, x, w, dtype, want_dx=want_dx, want_dw=want_dw)
+            pays = found.saved > found.cost
+            self._decisions[key] = Decision(pays, f"{'pays' if pays else 'does not pay'}: {found}", found)
         return self._decisions[key]
 
-    def _weigh(self, estimate: Estimate) -> Decision:
-        if estimate.saved > estimate.cost:
-            return OFFLOADED
-        return Decision(
-            False,
-            f"too few FLOPs for its bytes: {estimate.saved * 1e3:.2f} ms here, "
-            f"{estimate.cost * 1e3:.2f} ms to mask and send",
-        )
-
     def estimate(
-        self, scheme: Scheme, x: Sequence[int], w: Sequence[int], flops: int, dtype: torch.dtype, training: bool
+        self,
+        scheme: Scheme,
+        product: Product,
+        x: tuple[int, ...],
+        w: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        want_dx: bool,
+        want_dw: bool,
     ) -> Estimate:
         """What sending one call out saves and costs the trusted side; arguments as for `decide`."""
+        rates = self._costs.rates(scheme, product, x, w, dtype)
         filled = scheme.rows_sent(x[0]) / x[0]  # with the rows that a scheme adds
-        inputs = round(prod(x) * filled)
-        # Every output element takes two operations per weight in its row.
-        outputs = round(flops // (2 * (prod(w) // w[0])) * filled)
-        # An unchanged weight is masked once, if its masks are kept.
-        weights = prod(w) if training or scheme.traits.fresh_every_call else 0
-        up, down = inputs + weights, outputs
-        mask = inputs * scheme.mask_seconds_per_element(x[1]) + outputs * scheme.mask_seconds_per_element(w[0])
-        mask += weights * scheme.mask_seconds_per_element(max(x[1], w[0]))
-        mask += (inputs + outputs + weights) * self._check_seconds
-        if training:  # as much again: g goes up; dx and dw come down
-            up, down = up + outputs, down + inputs + weights
-            mask *= 2
-            # What added rows contribute to the weight gradient is computed here, and taken off.
-            mask += flops * (filled - 1) / self.trusted_flops_per_s
-        size = WIRE_DTYPES.get(dtype, dtype).itemsize
-        passes = 3 if training else 1
+        one_pass = flops(product, x, w)
+        passes = 1 + want_dx + want_dw
+        inputs, outputs = prod(x) * filled * rates.copies, prod(output_shape(product, x, w)) * filled
+        up, down = {"x": inputs}, {"y": outputs}
+        if want_dw or scheme.traits.fresh_every_call:  # an unchanged weight is masked once, if its masks are kept
+            up["w"] = prod(w)
+        if want_dx or want_dw:
+            up["g"] = outputs
+        if want_dx:
+            down["dx"] = inputs
+        if want_dw:
+            down["dw"] = prod(w)
+        mask, check = rates.seconds(up | down, self._checked)
+        if want_dw:  # what added rows contribute to the weight gradient is computed here, and taken off
+            mask += one_pass * (filled - 1) * rates.flop
+        size = on_the_wire(self._wire_dtype, dtype).itemsize
         upload = sum(m.upload_bytes_per_s for m in self.measurements)
         download = sum(m.download_bytes_per_s for m in self.measurements)
-        latency = max(m.latency_s for m in self.measurements) * (2 if training else 1)
+        trips = 1 + (want_dx or want_dw)
         return Estimate(
-            saved=flops * passes / self.trusted_flops_per_s,
+            saved=one_pass * passes * rates.flop,
             mask=mask,
-            wire=size * (up / upload + down / download) + latency,
-            worker=flops * filled * passes / sum(m.flops_per_s for m in self.measurements),
+            check=check,
+            wire=size * (sum(up.values()) / upload + sum(down.values()) / download)
+            + trips * max(m.latency_s for m in self.measurements),
+            worker=one_pass * filled * passes / sum(m.flops_per_s for m in self.measurements),
         )
-
-
-def measure_trusted_flops(size: int = 384, repeats: int = 5) -> float:
-    """Float32 matrix FLOPs per second of this process with its current threads, in about 10 ms."""
-    a = torch.ones(size, size)
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / median(times[1:])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tempo.engine.away import residence_of
 from tempo.engine.call import Call, Gradients
-from tempo.engine.dtypes import WIRE_DTYPES
+from tempo.engine.dtypes import on_the_wire
 from tempo.engine.fingerprint import Fingerprint
 from tempo.engine.geometry import flops
 from tempo.engine.residence import Residence, Terms
@@ -52,8 +52,7 @@ class Product:
 
     def problem(self, dtype: torch.dtype) -> Problem:
         """This product, for the scheme, computed in ``dtype``."""
-        setting = self.engine.settings.wire_dtype
-        return Problem(self.kind, WIRE_DTYPES[dtype] if setting == "auto" else getattr(torch, setting))
+        return Problem(self.kind, on_the_wire(self.engine.settings.wire_dtype, dtype))
 
     def call(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, keep: bool

@@ -63,6 +63,8 @@ class Group:
     def __init__(self, members: list[tuple[Site, Parameters]]) -> None:
         self.members = [(weakref.ref(site), parameters) for site, parameters in members]
         self.misses = 0
+        self.outputs = sum(site.outputs for site, _ in members)
+        """Output features of all of them."""
         first = members[0][0]
         self.product = Product(first.engine, " + ".join(site.name for site, _ in members), Linear(), first.scheme)
 

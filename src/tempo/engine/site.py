@@ -26,6 +26,9 @@ from tempo.wire.messages import Conv, Linear
 if TYPE_CHECKING:
     from tempo.engine.engine import Engine
 
+SETTLING = 4
+"""Calls that are placed one by one before what was decided is taken for granted."""
+
 
 @dataclass
 class Usage:
@@ -57,6 +60,12 @@ class Site:
         self._products: dict[Linear | Conv, Product] = {}
         self._stash: Stash | None = None
         self._span_warned = False
+        self.outputs = 0
+        """Output features, once it was called."""
+        self._cost = 0
+        self._lasting = self._weighed = False
+        self._settling = SETTLING
+        self._alike: tuple[tuple[object, ...], int] | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Site:
         """A copy of a layer is a layer of its own: same session, own labels, own masks."""
@@ -79,6 +88,9 @@ class Site:
         rows = x.numel() // max(1, x.shape[-1])
         shape = (rows, x.shape[-1])
         if not self._goes_out(Linear(), shape, x, weight):
+            if self._weighed and self.group is None and self.engine.sharing.possible(x, weight):
+                self.engine.sharing.noticed(self, x, parameters)  # together with its neighbours it may pay
+            self._stay(x, weight)
             return trusted()
         if self.engine.sharing.possible(x, weight):
             given = self._take_stashed(x, weight, bias)
@@ -95,10 +107,13 @@ class Site:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Conv, trusted: Callable[[], Tensor]
     ) -> Tensor:
         """A convolution on ``x`` of shape (batch, channels, ...); ``trusted`` computes the same here."""
+        if self.stays(x, weight):
+            return trusted()
         unfolds = self.engine.settings.unfold or self.scheme.traits.unfolds
         if unfolds and kind.groups == 1 and any(size > 1 for size in weight.shape[2:]):
             return self._unfolded(x, weight, bias, kind, trusted)
         if not self._goes_out(kind, tuple(x.shape), x, weight):
+            self._stay(x, weight)
             return trusted()
         if kind.groups == 1 and all(size == 1 for size in weight.shape[2:]) and not any(kind.padding):
             return self._pointwise(x, weight, bias, kind)
@@ -122,6 +137,7 @@ class Site:
         kernel, flat = tuple(weight.shape[2:]), weight.flatten(1)
         batch, _, *positions = output_shape(kind, tuple(x.shape), tuple(weight.shape))
         if not self._goes_out(Linear(), (batch * prod(positions), flat.shape[1]), x, flat):
+            self._stay(x, weight)
             return trusted()
         (y,) = self.compute(self._product(Linear()), patches(x, kind, kernel), [flat], [bias])
         return y.movedim(-1, 1)
@@ -147,20 +163,33 @@ class Site:
     def _goes_out(self, kind: Linear | Conv, shape: tuple[int, ...], x: Tensor, weight: Tensor) -> bool:
         """Place this call, and account for it."""
         dtype = compute_dtype(x, weight)
-        cost = flops(kind, shape, tuple(weight.shape))
+        self._cost = cost = flops(kind, shape, tuple(weight.shape))
+        self.outputs = len(weight)
+        out_of_reach = None
         if self.keep_trusted is not None:
             decision = Decision(False, self.keep_trusted)
         elif cost == 0:
             decision = Decision(False, "empty")
-        elif (reason := _out_of_reach(x, weight)) is None and residence_of(weight) is not None:
+        elif (out_of_reach := _out_of_reach(x, weight)) is None and residence_of(weight) is not None:
             decision = Decision(True, "offloaded; its weight lives on a worker")
-        elif reason := reason or self.scheme.refuses(kind, shape, tuple(weight.shape)):
+        elif reason := out_of_reach or self.scheme.refuses(kind, shape, tuple(weight.shape)):
             decision = Decision(False, reason)
         else:
-            training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-            decision = self.engine.planner.decide(self.scheme, shape, tuple(weight.shape), cost, dtype, training)
+            training = torch.is_grad_enabled()
+            together = self.outputs if self.group is None else max(self.group.outputs, self.outputs)
+            with self.engine.stats.timed("plan"):
+                decision = self.engine.planner.decide(
+                    self.scheme,
+                    kind,
+                    shape,
+                    (together, *weight.shape[1:]),
+                    dtype,
+                    want_dx=training and x.requires_grad,
+                    want_dw=training and weight.requires_grad,
+                )
         if not decision.offload and (residence := residence_of(weight)) is not None:
             residence.recall()
+        self._lasting, self._weighed = out_of_reach is None, decision.estimate is not None
         self.usage.reason = decision.reason
         if decision.offload:
             self.usage.offloaded += cost
@@ -168,6 +197,20 @@ class Site:
             self.usage.trusted += cost
             self.engine.stats.flops_trusted += cost
         return decision.offload
+
+    def stays(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether this call is like one that stayed here for good: a short cut, since layers may be tiny."""
+        if self._alike is None or x.is_nested or self._alike[0] != _likeness(x, weight) or residence_of(weight):
+            return False
+        self.usage.trusted += self._alike[1]
+        self.engine.stats.flops_trusted += self._alike[1]
+        return True
+
+    def _stay(self, x: Tensor, weight: Tensor) -> None:
+        """Let calls like this one stay here, if they would, and once neighbours have had the time to be found."""
+        self._settling = max(0, self._settling - 1)
+        if self._lasting and not self._settling:
+            self._alike = _likeness(x, weight), self._cost
 
     def _product(self, kind: Linear | Conv) -> Product:
         if kind not in self._products:
@@ -186,6 +229,11 @@ class Site:
     def stash(self, stash: Stash) -> None:
         """Keep the output of a group's call until this site is called."""
         self._stash = stash
+
+
+def _likeness(x: Tensor, weight: Tensor) -> tuple[object, ...]:
+    """What the placement of one site's call depends on."""
+    return x.shape, x.dtype, x.requires_grad, weight.requires_grad, torch.is_grad_enabled()
 
 
 def _out_of_reach(x: Tensor, weight: Tensor) -> str | None:

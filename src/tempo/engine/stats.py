@@ -32,9 +32,11 @@ class Stats:
     bytes_sent: int = 0
     bytes_received: int = 0
 
-    seconds: dict[str, float] = field(default_factory=lambda: {"mask": 0.0, "verify": 0.0, "wire": 0.0, "worker": 0.0})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"mask": 0.0, "verify": 0.0, "wire": 0.0, "worker": 0.0, "plan": 0.0}
+    )
     """Wall time of the trusted process spent masking and unmasking; checking answers; and waiting, split by the
-    workers' own account of their compute time into ``worker`` and the rest, ``wire``."""
+    workers' own account of their compute time into ``worker`` and the rest, ``wire``; and measuring what pays."""
 
     running: list[str] = field(default_factory=list, compare=False, repr=False)
     """What is being timed at this moment, innermost last."""

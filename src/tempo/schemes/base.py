@@ -93,8 +93,6 @@ class Traits:
     """Whether spatial convolutions go out as patches times a matrix (see `tempo.engine.patches`)."""
     public_base_preset: str = ""
     """The scheme to use instead of this one where training starts from a public checkpoint; empty: none is better."""
-    mask_seconds_per_element: float = 1.5e-9
-    """Masking or unmasking one element in pure torch on one core, measured on Zen 4 (see benchmarks/)."""
     known_breaks: Mapping[str, str] = field(default_factory=dict)
     """What is known to undo the scheme, by what makes it apply: ``always``, ``relu``, ``public-base``,
     ``spatial-convolution``, ``momentum-on-workers``; see `tempo.conditions`."""
@@ -224,10 +222,6 @@ class Scheme(ABC):
     def rows_sent(self, rows: int) -> int:
         """How many rows a worker gets where ``rows`` are its part: some schemes add more."""
         return rows
-
-    def mask_seconds_per_element(self, width: int) -> float:
-        """Masking or unmasking one element of a matrix of ``width`` features, on one core; for the planner."""
-        return self.traits.mask_seconds_per_element
 
     def rows_to_repeat(self, g: Tensor, x: tuple[int, ...], w: tuple[int, ...], *, want_dw: bool) -> Tensor | None:
         """Rows of a call to send again by themselves, under fresh masks, for the gradient ``g`` that is zero elsewhere.

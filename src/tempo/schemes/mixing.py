@@ -33,12 +33,6 @@ ROWS_PER_MASK = 8192
 separated 0.33 (chance 0.31) from 8k rows and 0.85 from 16k (``benchmarks/audit/rekey.py``). What it takes grows as
 the square of the block."""
 
-# Seconds per element on one core, fitted to what ``benchmarks/mask_speed.py`` prints.
-READ_AND_WRITE = 2e-9
-ROUND = 1e-9
-BLOCK_ELEMENT = 2.2e-11
-CLOAK_RANK = 5e-11
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -157,13 +151,6 @@ class Mixing(SingleMaskScheme):
     def rows_sent(self, rows: int) -> int:
         """With shield rows: those asked for, and what a row block lacks."""
         return max(rows + self.shield_rows, self.row_block)
-
-    def mask_seconds_per_element(self, width: int) -> float:
-        """With the rounds, blocks and cloak that an axis of ``width`` features gets."""
-        block, rounds = self.mixing_of(width)
-        on_rows = self.rounds * (ROUND + self.row_block * BLOCK_ELEMENT)
-        on_features = rounds * (ROUND + block * BLOCK_ELEMENT)
-        return READ_AND_WRITE + on_rows + on_features + self.cloak_rank * CLOAK_RANK
 
     def rows_to_repeat(self, g: Tensor, x: tuple[int, ...], w: tuple[int, ...], *, want_dw: bool) -> Tensor | None:
         """The live rows, where so many are dead that this is cheaper than filling them."""

@@ -10,14 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tempo import schemes
+from tempo.engine.costs import Rates
+from tempo.engine.geometry import flops
 from tempo.engine.measure import Measurement
 from tempo.engine.placement import Planner
 from tempo.schemes.base import Scheme
+from tempo.settings import parse
+from tempo.wire.messages import Linear
 
 GPU = Measurement(latency_s=1e-4, upload_bytes_per_s=5e9, download_bytes_per_s=5e9, flops_per_s=1e14)
 MODEM = Measurement(latency_s=0.1, upload_bytes_per_s=1e6, download_bytes_per_s=1e6, flops_per_s=1e14)
 
 TEMPO, MIX, MIX_TUNED = (schemes.create(name) for name in ("tempo", "mix", "mix-tuned"))
+MASK = {TEMPO: 1.5e-9, MIX: 5e-9, MIX_TUNED: 8e-9}
+NAMES = ("w", "x", "y", "g", "dx", "dw")
 
 
 @dataclass
@@ -30,17 +36,22 @@ class FakeLink:
         return self.measurement
 
 
-def planner(*measurements: Measurement, placement: str = "auto") -> Planner:
-    found = Planner(placement, [FakeLink(m) for m in measurements])  # type: ignore[list-item]
-    found.trusted_flops_per_s = 1e11  # whatever this machine does, the decisions below should not depend on it
-    return found
+class FakeCosts:
+    """A machine on which decisions do not depend."""
+
+    def rates(self, scheme, product, x, w, dtype) -> Rates:
+        return Rates(dict.fromkeys(NAMES, MASK[scheme]), dict.fromkeys(NAMES, 1e-9), dict.fromkeys(NAMES, 0.0), 1e-11)
+
+
+def planner(*measurements: Measurement, **fields) -> Planner:
+    return Planner(parse(fields), [FakeLink(m) for m in measurements], FakeCosts())  # type: ignore[list-item]
 
 
 def decide(
     plan: Planner, rows: int, inputs: int, outputs: int, *, training: bool = True, scheme: Scheme = TEMPO
 ) -> tuple[bool, str]:
-    flops = 2 * rows * inputs * outputs
-    decision = plan.decide(scheme, (rows, inputs), (outputs, inputs), flops, torch.float32, training)
+    wants = {"want_dx": training, "want_dw": training}
+    decision = plan.decide(scheme, Linear(), (rows, inputs), (outputs, inputs), torch.float32, **wants)
     return decision.offload, decision.reason
 
 
@@ -49,16 +60,18 @@ def test_all_sends_everything(rows, inputs, outputs, training):
     assert decide(planner(MODEM, placement="all"), rows, inputs, outputs, training=training) == (True, "offloaded")
 
 
-def test_auto_sends_a_large_product():
-    assert decide(planner(GPU), 16384, 2048, 2048) == (True, "offloaded")
+def test_auto_sends_a_large_product_and_says_what_that_saves():
+    goes, reason = decide(planner(GPU), 16384, 2048, 2048)
+    assert goes
+    # 3 passes of 2·16384·2048² FLOPs at 1e11 FLOP/s.
+    assert reason.startswith("pays: 4123.17 ms here, ")
 
 
 def test_auto_keeps_a_small_product_and_says_what_it_would_cost():
     goes, reason = decide(planner(GPU), 16, 32, 10)
     assert not goes
     # 3 passes of 2·16·32·10 FLOPs at 1e11 FLOP/s are nothing beside two round trips of 0.1 ms.
-    assert reason.startswith("too few FLOPs for its bytes: 0.00 ms here, 0.2")
-    assert reason.endswith("ms to mask and send")
+    assert reason == "does not pay: 0.00 ms here, 0.21 ms to send out (masks 0.00, checks 0.00, wire 0.20)"
 
 
 def test_a_slow_link_keeps_what_a_fast_one_sends():
@@ -94,12 +107,50 @@ def test_a_dearer_mask_keeps_what_a_cheaper_one_sends():
 
 def test_shield_rows_are_not_free():
     # Without them 8 rows of evaluation would pay; `mix` masks 32, and decodes as many.
-    plan = planner(GPU)
-    costs = [plan.estimate(MIX, (n, 512), (512, 512), 2 * n * 512 * 512, torch.float32, False) for n in (8, 32)]
-    assert costs[0].mask == pytest.approx(costs[1].mask)
-    assert costs[0].saved < costs[1].saved
-    training = plan.estimate(MIX, (8, 512), (512, 512), 2 * 8 * 512 * 512, torch.float32, True)
-    assert training.mask > 2 * 24 * 512 * 512 / 1e11  # besides, their share of the weight gradient is computed here
+    def estimate(rows: int, training: bool):
+        shapes = (rows, 512), (512, 512)
+        return planner(GPU).estimate(MIX, Linear(), *shapes, torch.float32, want_dx=training, want_dw=training)
+
+    few, many = estimate(8, False), estimate(32, False)
+    assert few.mask == pytest.approx(many.mask)
+    assert few.saved < many.saved
+    assert estimate(8, True).mask > 2 * 24 * 512 * 512 / 1e11  # besides, their share of dW is computed here
+
+
+def test_only_gradients_that_are_wanted_count():
+    def estimate(want_dx: bool, want_dw: bool):
+        shapes = (4096, 512), (512, 512)
+        return planner(GPU).estimate(TEMPO, Linear(), *shapes, torch.float32, want_dx=want_dx, want_dw=want_dw)
+
+    forward = flops(Linear(), (4096, 512), (512, 512)) * 1e-11
+    assert [estimate(*wants).saved / forward for wants in ((False, False), (True, False), (False, True))] == [
+        pytest.approx(passes) for passes in (1, 2, 2)
+    ]
+    frozen, first, full = estimate(True, False), estimate(False, True), estimate(True, True)
+    assert frozen.cost < full.cost  # a frozen weight is there already, and has no gradient
+    assert first.cost < full.cost
+
+
+def test_checks_that_are_not_made_cost_nothing():
+    always, half, never = (
+        planner(GPU, verify=verify).estimate(
+            TEMPO, Linear(), (4096, 512), (512, 512), torch.float32, want_dx=True, want_dw=True
+        )
+        for verify in ("always", "sample:0.5", "off")
+    )
+    assert never.check == 0
+    assert half.check == pytest.approx(always.check / 2)
+    assert always.mask == never.mask
+
+
+def test_narrow_numbers_travel_faster():
+    wide, narrow = (
+        planner(GPU, wire_dtype=dtype).estimate(
+            TEMPO, Linear(), (4096, 512), (512, 512), torch.float32, want_dx=True, want_dw=True
+        )
+        for dtype in ("float32", "bfloat16")
+    )
+    assert narrow.wire < 0.6 * wide.wire
 
 
 def test_rows_are_shared_in_proportion_to_speed():

@@ -84,15 +84,6 @@ def test_rows_sent_are_what_the_planner_is_told(name, shields):
         assert sent == scheme.rows_sent(rows) == max(32, rows + shields)
 
 
-def test_masking_costs_more_with_every_round_and_every_rank():
-    def cost(width: int = 768, name: str = "mix", **sizes) -> float:
-        return schemes.create(name, parse(sizes)).mask_seconds_per_element(width)
-
-    assert 0 < schemes.create("tempo").mask_seconds_per_element(768) < cost()
-    assert cost() < cost(mix_cloak=32) < cost(mix_rounds=2) == cost(name="mix-tuned")
-    assert cost(width=383, name="mix-tuned") > cost(width=768, name="mix-tuned")
-
-
 def test_masks_of_a_public_base_are_fresh_at_every_call(connect):
     session = connect(scheme="mix-tuned")
     model = session.protect(nn.Linear(40, 50)).eval()
