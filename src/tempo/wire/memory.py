@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 ALIGNMENT = 64
+
+Memory = mmap.mmap | np.ndarray
+"""A writable stretch of memory: pages of our own, shared or not; or (bytes of) what a device has pinned."""
 
 
 def rounded(size: int) -> int:
@@ -31,7 +35,7 @@ class Block:
     The mapping is never closed, only dropped: tensors on top of it keep it alive.
     """
 
-    memory: mmap.mmap
+    memory: Memory
     size: int
     segment: int = -1
     offset: int = 0
@@ -41,7 +45,7 @@ class Block:
         return tensor_at(self.memory, self.offset, shape, dtype)
 
 
-def tensor_at(memory: mmap.mmap, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def tensor_at(memory: Memory, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A contiguous tensor over ``memory`` from ``offset`` on."""
     count = prod(shape)
     if count == 0:
@@ -82,19 +86,35 @@ def nothing(_: int) -> None:
     """Charge nobody."""
 
 
+def mapping(size: int) -> mmap.mmap:
+    """Fresh pages of this process's own."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 @final
 class PrivatePool(BlockPool):
-    """Blocks of this process's own memory, each one charged to ``reserve`` until `trim` lets it go."""
+    """Blocks of this process's own memory, each one charged to ``reserve`` until `trim` lets it go.
 
-    def __init__(self, reserve: Callable[[int], None] = nothing, release: Callable[[int], None] = nothing) -> None:
+    Args:
+        reserve: Called with the size of what is about to be allocated; may raise.
+        release: Called with the size of what was let go.
+        allocate: Gives memory; raises OSError, ValueError or RuntimeError.
+    """
+
+    def __init__(
+        self,
+        reserve: Callable[[int], None] = nothing,
+        release: Callable[[int], None] = nothing,
+        allocate: Callable[[int], Memory] = mapping,
+    ) -> None:
         super().__init__()
-        self._reserve, self._release = reserve, release
+        self._reserve, self._release, self._allocate = reserve, release, allocate
 
     def _grow(self, size: int) -> Block:
         self._reserve(size)
         try:
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except (OSError, ValueError) as error:
+            memory = self._allocate(size)
+        except (OSError, ValueError, RuntimeError) as error:
             self._release(size)
             raise MemoryError(f"{size} bytes could not be allocated") from error
         return Block(memory, size)

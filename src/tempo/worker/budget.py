@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 from typing import Final, final
 
 from tempo.errors import SettingsError
-from tempo.wire.memory import PrivatePool
+from tempo.wire.memory import Memory, PrivatePool, mapping
 from tempo.worker.refusal import Refusal
 
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
@@ -30,10 +31,19 @@ def human(size: int) -> str:
 
 @final
 class Budget:
-    """The worker's memory limit, shared by its sessions, of which each may have a limit of its own."""
+    """The worker's memory limit, shared by its sessions, of which each may have a limit of its own.
 
-    def __init__(self, limit: int, session_limit: int | None = None) -> None:
+    Args:
+        limit: Of all sessions together.
+        session_limit: Of each.
+        allocate: Gives memory to receive into and to send from.
+    """
+
+    def __init__(
+        self, limit: int, session_limit: int | None = None, allocate: Callable[[int], Memory] = mapping
+    ) -> None:
         self.limit = limit
+        self.allocate = allocate
         self.session_limit = limit if session_limit is None else session_limit
         self._used = 0
         self._lock = threading.Lock()
@@ -97,8 +107,8 @@ class Account:
         self._budget = budget
         self._used = 0
         self._lock = threading.Lock()
-        self.pool = PrivatePool(self.reserve, self.release)  # for what arrives and is kept
-        self.answers = PrivatePool(self.reserve, self.release)  # for what is sent
+        self.pool = PrivatePool(self.reserve, self.release, budget.allocate)  # for what arrives and is kept
+        self.answers = PrivatePool(self.reserve, self.release, budget.allocate)  # for what is sent
 
     def reserve(self, size: int) -> None:
         """Use ``size`` bytes, or raise `Refusal`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from tempo.wire.memory import Block
 from tempo.wire.messages import Conv, Linear, Product, Rule, Shape
 from tempo.worker.budget import Account
+from tempo.worker.device import Device, Host, open_device
 from tempo.worker.refusal import Refusal
 from tempo.worker.turns import Turns
 from tempo.worker.update import apply
@@ -47,6 +49,8 @@ class Compute(ABC):
     """What a session asks of its device. Results are written to ``out``, in its dtype."""
 
     description: str
+    device: Device = Host()
+    """Where operands have to be, and answers come from."""
 
     @abstractmethod
     def keep(self, incoming: Incoming, account: Account) -> Kept:
@@ -97,14 +101,12 @@ class Compute(ABC):
 class TorchCompute(Compute):
     """Real arithmetic on a CPU or GPU."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.on_host = device.type == "cpu"
-        if not self.on_host:
-            _forbid_coarse_sums()
+    def __init__(self, device: torch.device | Device) -> None:
+        self.device = device if isinstance(device, Device) else open_device(device)
+        self.on_host = not self.device.queues
         self._turns = Turns(_HOST_QUANTUM * torch.get_num_threads() if self.on_host else _DEVICE_QUANTUM)
-        name = "" if self.on_host else f" ({torch.cuda.get_device_name(device)})"
-        self.description = f"{device}{name}"
+        name = f" ({torch.cuda.get_device_name(self.device.torch)})" if self.device.torch.type == "cuda" else ""
+        self.description = f"{self.device.torch}{name}"
 
     def keep(self, incoming: Incoming, account: Account) -> Kept:
         """On the host a block of our own is kept as it is; what lies in shared memory is copied."""
@@ -118,7 +120,7 @@ class TorchCompute(Compute):
         try:
             account.reserve(size)
             try:
-                tensor = tensor.to(self.device)
+                tensor = self.device.upload(tensor)
             except BaseException:
                 account.release(size)
                 raise
@@ -144,7 +146,7 @@ class TorchCompute(Compute):
         """``x wᵀ``, or the convolution."""
         x, w = self._operands(product, x, w)
         for rows in self._parts(product, out, out, w):
-            with self._turns:
+            with self._turn():
                 if isinstance(product, Linear):
                     self._multiply(x[rows], w.t(), out[rows])
                 else:
@@ -154,7 +156,7 @@ class TorchCompute(Compute):
         """``g w``, or the convolution's."""
         g, w = self._operands(product, g, w)
         for rows in self._parts(product, out, g, w):
-            with self._turns:
+            with self._turn():
                 if isinstance(product, Linear):
                     self._multiply(g[rows], w, out[rows])
                 else:
@@ -165,7 +167,7 @@ class TorchCompute(Compute):
         """``gᵀ x``, or the convolution's."""
         g, x = self._operands(product, g, x)
         for rows in self._parts(product, out, g, out):
-            with self._turns:
+            with self._turn():
                 if isinstance(product, Linear):
                     self._multiply(g[:, rows].t(), x, out[rows])
                 else:
@@ -175,9 +177,9 @@ class TorchCompute(Compute):
     def accumulate(self, product: Product, g: Tensor, x: Tensor, gradient: Tensor) -> None:
         """Linear products without a copy, where the dtypes are one."""
         if isinstance(product, Linear) and g.dtype == x.dtype == gradient.dtype:
-            g = g.to(self.device)
+            g = self.device.upload(g)
             for rows in self._parts(product, gradient, g, gradient):
-                with self._turns:
+                with self._turn():
                     gradient[rows].addmm_(g[:, rows].t(), x)
             return
         dtype = torch.promote_types(torch.promote_types(g.dtype, x.dtype), gradient.dtype)
@@ -187,7 +189,7 @@ class TorchCompute(Compute):
 
     def update(self, rule: Rule, scale: float, w: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
         """In place."""
-        with self._turns:
+        with self._turn():
             apply(rule, w, gradient.mul_(scale), state)
 
     def fetch(self, kept: Tensor, out: Tensor) -> None:
@@ -200,16 +202,23 @@ class TorchCompute(Compute):
 
     def probe(self, size: int) -> None:
         """Returns when the product is there."""
-        a = torch.ones(size, size, device=self.device)
+        a = torch.ones(size, size, device=self.device.torch)
         for rows in self._parts(Linear(), a, a, a):
-            with self._turns:
+            with self._turn():
                 torch.mm(a[rows], a)
-                if not self.on_host:
-                    torch.cuda.synchronize(self.device)
+        self.device.mark()()
 
     def fill(self, out: Tensor) -> None:
         """Zeros."""
         out.zero_()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """A turn at the device; while others are about it lasts until the work is done, not only queued."""
+        with self._turns:
+            yield
+            if self.device.queues and self._turns.shared:
+                self.device.mark()()
 
     def _parts(self, product: Product, out: Tensor, y: Tensor, w: Tensor) -> Iterator[slice]:
         """Rows of ``out`` for one turn each, where ``y`` (or ``g``) and ``w`` are of the product's shapes."""
@@ -222,24 +231,17 @@ class TorchCompute(Compute):
         if self.on_host and isinstance(product, Conv):
             # On CPUs without such arithmetic, torch rounds gradients of half precision at every tap and image.
             dtype = torch.promote_types(dtype, torch.float32)
-        return a.to(self.device, dtype), b.to(self.device, dtype)
+        a, b = (self.device.upload(t).to(dtype) for t in (a, b))
+        if self.device.torch.type == "cuda" and isinstance(product, Conv) and a.dim() == 4 and dtype.itemsize == 2:
+            # What tensor cores read; cuDNN would change the layout itself, there and back, at every call.
+            a, b = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
+        return a, b
 
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        if self.on_host and out.dtype == a.dtype:
+        if out.device == a.device and out.dtype == a.dtype:
             torch.mm(a, b, out=out)
         else:
             out.copy_(torch.mm(a, b))
-
-
-def _forbid_coarse_sums() -> None:
-    """Have CUDA keep float32 as it is, and the sums of half precision in float32, until they are rounded once.
-
-    Otherwise an honest answer may differ from what it should be by more than checks of answers tolerate.
-    """
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def output_shape(product: Product, x: Shape, w: Shape) -> Shape:

@@ -35,7 +35,9 @@ from tempo.wire.shared import MappedSegments
 from tempo.wire.tensors import DTYPES, raw, size_of
 from tempo.worker.budget import Account
 from tempo.worker.compute import Compute, Incoming, output_shape
+from tempo.worker.device import Mark
 from tempo.worker.jobs import Job
+from tempo.worker.outbox import Outbox
 from tempo.worker.refusal import Refusal
 from tempo.worker.store import PARTS, Numbers
 from tempo.worker.transcript import Transcript
@@ -64,8 +66,18 @@ class Plan:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer, where it is sent from (``out``) and where it is computed (``room``)."""
+
+    ref: TensorRef
+    out: Tensor
+    room: Tensor
+
+
+@final
 class Executor:
-    """Serves the jobs of one session, in order, on one thread."""
+    """Serves the jobs of one session, in order, on one thread; answers may leave on another."""
 
     def __init__(
         self,
@@ -78,6 +90,12 @@ class Executor:
         self._segments = segments
         self._channel, self._compute, self._account, self._transcript = channel, compute, account, transcript
         self._numbers = Numbers(compute, account)
+        self._outbox = Outbox(compute.device.queues, channel.stream.shutdown)
+        self._delivered = 0
+
+    def close(self) -> None:
+        """Wait for answers on their way."""
+        self._outbox.close()
 
     def serve(self, job: Job) -> None:
         """Do what ``job`` asks, and answer it. Raises OSError when the connection is gone."""
@@ -89,46 +107,67 @@ class Executor:
             if job.refusal is not None:
                 raise job.refusal
             self._answer(message, job.incoming)
-        except Refusal as refusal:
-            self._refuse(message, refusal.code, str(refusal))
-        except (torch.OutOfMemoryError, MemoryError):
-            torch.cuda.empty_cache()
-            self._refuse(message, "out-of-memory", f"device {self._compute.description} is out of memory")
         except OSError:
             raise
         except Exception as error:
-            full = "allocate memory" in str(error)
-            self._refuse(message, "out-of-memory" if full else "failed", str(error).partition("\n")[0][:500])
+            if isinstance(message, Forward) and message.operand:
+                self._numbers.forget(operands=[message.operand])
+            self._outbox.put(partial(self._explain, message, error))
         finally:
             for incoming in job.incoming.values():
                 if incoming.block is not None:
                     self._account.pool.give(incoming.block)
 
     def _answer(self, message: Request, incoming: dict[str, Incoming]) -> None:
-        started = time.perf_counter_ns()
+        started, device = time.perf_counter_ns(), self._compute.device
         plan = self._plan(message, incoming)
-        tensors, at_once = plan.tensors, self._transcript is None and plan.change is None
-        held: list[tuple[Result, list[memoryview]]] = []
+        at_once = self._transcript is None and plan.change is None
         with ExitStack() as blocks:
+            answers: list[Answer] = []
             for ref, write in plan.answers:
                 out = self._destination(ref, blocks)
-                write(out)
-                tensors[ref.name] = out
-                result = Result(message.id, time.perf_counter_ns() - started, (ref,))
-                payload = [raw(out)] if ref.segment < 0 else []
+                answers.append(Answer(ref, out, device.room(out)))
+                write(answers[-1].room)
                 if at_once:
-                    self._channel.send(result, payload)
-                else:
-                    held.append((result, payload))  # once answered, shared memory is the other side's again
-                started = time.perf_counter_ns()
+                    self._outbox.put(
+                        partial(self._deliver, message, started, answers, device.mark(), {}, blocks.pop_all())
+                    )
+                    started, answers = time.perf_counter_ns(), []
             if plan.change is not None:
                 plan.change()
-            if not plan.answers:
-                held.append((Result(message.id, time.perf_counter_ns() - started, ()), []))
-            if self._transcript is not None and not isinstance(message, Probe):
-                self._transcript.record(message, tensors)
-            for result, payload in held:
-                self._channel.send(result, payload)
+            if answers or not plan.answers:  # once answered, shared memory is the other side's again
+                tensors = plan.tensors if self._transcript is not None else {}
+                self._outbox.put(
+                    partial(self._deliver, message, started, answers, device.mark(), tensors, blocks.pop_all())
+                )
+
+    def _deliver(
+        self,
+        message: Request,
+        started: int,
+        answers: list[Answer],
+        done: Mark,
+        tensors: dict[str, Tensor],
+        blocks: ExitStack,
+    ) -> None:
+        """Once all is ``done``: fetch ``answers`` from the device, record them where that is asked for, send them."""
+        with blocks:
+            try:
+                done()
+                now = time.perf_counter_ns()
+                taken, self._delivered = now - max(started, self._delivered), now
+                for answer in answers:
+                    self._compute.device.download(answer.room, answer.out)
+                if self._transcript is not None and not isinstance(message, Probe):
+                    self._transcript.record(message, tensors | {answer.ref.name: answer.out for answer in answers})
+            except Exception as error:
+                self._explain(message, error)
+                return
+            for answer in answers:
+                payload = [raw(answer.out)] if answer.ref.segment < 0 else []
+                self._channel.send(Result(message.id, taken // len(answers), (answer.ref,)), payload)
+            if not answers:
+                self._channel.send(Result(message.id, taken, ()), [])
 
     def _destination(self, ref: TensorRef, blocks: ExitStack) -> Tensor:
         if ref.segment >= 0 and self._segments is not None:
@@ -139,9 +178,16 @@ class Executor:
         blocks.callback(self._account.answers.give, block)
         return block.tensor(ref.shape, DTYPES[ref.dtype])
 
-    def _refuse(self, message: Request, code: FailureCode, why: str) -> None:
-        if isinstance(message, Forward) and message.operand:
-            self._numbers.forget(operands=[message.operand])
+    def _explain(self, message: Request, error: Exception) -> None:
+        code: FailureCode
+        if isinstance(error, Refusal):
+            code, why = error.code, str(error)
+        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            torch.cuda.empty_cache()
+            code, why = "out-of-memory", f"device {self._compute.description} is out of memory"
+        else:
+            full = "allocate memory" in str(error)
+            code, why = "out-of-memory" if full else "failed", str(error).partition("\n")[0][:500]
         log.warning("request %d refused (%s): %s", message.id, code, why)
         self._channel.send(Failure(message.id, code, why))
 
@@ -183,7 +229,7 @@ class Executor:
 
     def _plan_backward(self, message: Backward, incoming: dict[str, Incoming]) -> Plan:
         _expect(message, incoming, ["g"], ["dx"] if message.accumulate else ["dx", "dw"])
-        g = incoming["g"].tensor
+        g = self._compute.device.upload(incoming["g"].tensor)
         plan = Plan({"g": g}, change=self._accumulation(message, g) if message.accumulate else None)
         for ref in message.wants:
             if ref.name == "dx":

@@ -125,6 +125,7 @@ class LyingCompute(Compute):
         if name not in lies or (every and not (every.isdigit() and int(every))):
             raise SettingsError(f"--insecure-lie: NAME or NAME:N, not {lie!r}; {nearest(name, lies)}")
         self.description = f"{honest.description}, lying"
+        self.device = honest.device
         self._honest = honest
         self._lie = LIES.get(name)
         self._update_lie = UPDATE_LIES.get(name)

@@ -60,6 +60,7 @@ class Server:
         self._budget = Budget(
             parse_size(options.memory_limit) if options.memory_limit else _memory(self._compute),
             parse_size(options.session_limit) if options.session_limit else None,
+            self._compute.device.allocate,
         )
         self._door = Door()
         self._listener: socket.socket | None = None
@@ -181,7 +182,7 @@ def _compute(options: Options) -> Compute:
 def _memory(compute: Compute) -> int:
     """Default limit: most of what the device has."""
     if isinstance(compute, TorchCompute) and not compute.on_host:
-        return int(torch.cuda.get_device_properties(compute.device).total_memory * 0.9)
+        return int(torch.cuda.get_device_properties(compute.device.torch).total_memory * 0.9)
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 0.8)
 
 

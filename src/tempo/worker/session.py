@@ -174,13 +174,15 @@ class Session:
     @torch.inference_mode()
     def _work(self, executor: Executor) -> None:
         try:
-            while (job := self._queue.get()) is not None:
-                executor.serve(job)
+            with self._compute.device.working():
+                while (job := self._queue.get()) is not None:
+                    executor.serve(job)
         except OSError as error:
             log.info("%s: could not answer: %s", self._peer, error)
         finally:
             self._queue.close()
             self._channel.stream.shutdown()  # wakes the receiving thread, which cleans up
+            executor.close()
 
 
 def _nothing_but_hello(message: ToWorker) -> Sequence[memoryview]:

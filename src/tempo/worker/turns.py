@@ -69,10 +69,12 @@ class Turns:
         """
         begin = 0
         while begin < count:
-            quantum = self._quantum if self._shared() else ALONE * self._quantum
+            quantum = self._quantum if self.shared else ALONE * self._quantum
             end = min(begin + max(least, count * quantum // max(flops, 1)), count)
             yield slice(begin, end)
             begin = end
 
-    def _shared(self) -> bool:
+    @property
+    def shared(self) -> bool:
+        """Whether several sessions are about."""
         return bool(self._waiting) or time.monotonic() - self._changed < _ABOUT
