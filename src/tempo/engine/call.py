@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tempo.engine.geometry import flops, output_shape
 from tempo.errors import WorkerError
-from tempo.schemes.base import EncodedGradient, EncodedInput, Operand, Recall
+from tempo.schemes.base import EncodedGradient, EncodedInput, Operand, Recall, Target
 from tempo.schemes.sandwich import add_biases
 from tempo.verify.checks import InputCheck
 from tempo.wire.messages import Backward, Forward
@@ -79,6 +80,7 @@ class Call:
     Args:
         product: What is computed.
         stored: The weight on the workers.
+        targets: The workers that take part.
         encoded: The input under masks.
         weight: Recalls the plain weight.
         shapes: Of the input and the weight.
@@ -91,6 +93,7 @@ class Call:
         self,
         product: Product,
         stored: StoredWeight,
+        targets: Sequence[Target],
         encoded: EncodedInput,
         weight: Recall,
         shapes: tuple[tuple[int, ...], tuple[int, ...]],
@@ -100,11 +103,12 @@ class Call:
     ) -> None:
         self.product = product
         self.stored = stored
+        self.targets = targets
         self.encoded = encoded
         self.weight = weight
         self.residence = residence
         self.versions = [] if residence is None else [p._version for p in residence.parameters]
-        self.shapes = shapes
+        self.shapes: tuple[tuple[int, ...], tuple[int, ...]] = shapes
         self.sizes = sizes
         self.shapes_x = {o.worker: tuple(o.tensors["x"].shape) for o in encoded.operands}
         self.operand = 0
@@ -115,8 +119,8 @@ class Call:
             self.operand = product.engine.new_number()
             product.engine.forget_after(self, list(self.shapes_x), operand=self.operand)
 
-    def forward(self, x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
-        """Send ``x~``, await ``y~``, unmask, add ``biases``. ``x`` is only for the record of the truth, if any."""
+    def begin(self) -> Batch:
+        """Send ``x~``."""
         engine, kind = self.product.engine, self.product.kind
         self._prepare_checks(want_y=True)
         batch = engine.batch(self.product)
@@ -127,6 +131,11 @@ class Call:
             fields: dict[str, Any] = {"weight": self.stored.number, "operand": self.operand, "product": kind}
             batch.post(operand, Forward, wants, {"y": check.output_check()} if check else None, **fields)
             engine.stats.flops_offloaded += flops(kind, shape_x, shape_w)
+        return batch
+
+    def finish(self, batch: Batch, x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
+        """Await ``y~``, unmask, add ``biases``. ``x`` is only for the record of the truth, if any."""
+        engine = self.product.engine
         self.stored.confirm()
         with batch.replies("y") as replies:
             outputs = self.encoded.decode_output(replies, self.sizes, None if engine.truth else biases)
@@ -174,7 +183,11 @@ class Call:
             self._resent = None
 
     def backward(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Gradients:
-        """Send ``g~``; return ``dX`` at once, and what awaits and unmasks ``dW`` later.
+        """Send ``g~``; return ``dX`` at once, and what awaits and unmasks ``dW`` later."""
+        return self.begin_backward(g, saved, want_dx=want_dx, want_dw=want_dw)()
+
+    def begin_backward(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Callable[[], Gradients]:
+        """Send ``g~``; return what awaits and unmasks the gradients.
 
         Where the scheme would rather not send rows of ``g`` that are zero, the others go out in a call of their own.
         """
@@ -190,15 +203,34 @@ class Call:
                 )
             if rows is not None and want_dw:
                 self.residence.end("rows of its output gradient are zero")
-        if rows is None and not self.differentiated and self._still_holds(want_dw):
-            self.differentiated = True
+        again = partial(self._again, g, saved, rows, want_dx=want_dx, want_dw=want_dw)
+        if rows is not None or self.differentiated or not self._still_holds(want_dw):
+            return again
+        self.differentiated = True
+
+        def failed(error: WorkerError) -> None:
+            if self.residence is not None and want_dw:
+                self.residence.doubt()  # whether it has this gradient is not known
+            product.engine.dismiss(error)
+
+        try:
+            finish = self.begin_sending(g, saved, want_dx=want_dx, want_dw=want_dw)
+        except WorkerError as error:
+            failed(error)
+            return again
+
+        def finish_or_again() -> Gradients:
             try:
-                return self.send(g, saved, want_dx=want_dx, want_dw=want_dw)
+                return finish()
             except WorkerError as error:
-                if self.residence is not None and want_dw:
-                    self.residence.doubt()  # whether it has this gradient is not known
-                product.engine.dismiss(error)
-        x, weights = saved()
+                failed(error)
+            return again()
+
+        return finish_or_again
+
+    def _again(self, g: Tensor, saved: Saved, rows: Tensor | None, *, want_dx: bool, want_dw: bool) -> Gradients:
+        """Under fresh masks; only ``rows``, unless that is None."""
+        product, (x, weights) = self.product, saved()
         if rows is None:
             return product.repeat(x, weights, g, want_dx=want_dx, want_dw=want_dw)
         live = x.index_select(0, rows), weights, g.index_select(0, rows)
@@ -214,14 +246,17 @@ class Call:
         return residence is None or not want_dw or (residence is self.product.residence and residence.scale == 1.0)
 
     def send(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Gradients:
-        """Send ``g~`` as it is.
+        """Send ``g~`` as it is; return what `backward` does.
 
         Raises:
             WorkerError: A worker failed; nothing was tried elsewhere yet.
         """
+        return self.begin_sending(g, saved, want_dx=want_dx, want_dw=want_dw)()
+
+    def begin_sending(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Callable[[], Gradients]:
+        """Send ``g~`` as it is; return what awaits and unmasks the gradients. Either may raise as `send`."""
         engine, kind, residence = self.product.engine, self.product.kind, self.residence if want_dw else None
         engine.keys.check_process()
-        engine.settle()
         with engine.stats.timed("mask", "g", self.product.name):
             engine.warn_if_not_finite(self.product.name, g)
             encoded = self.encoded.encode_gradient(
@@ -237,7 +272,7 @@ class Call:
                 for operand in encoded.operands:
                     engine.links[operand.worker].release(operand.tensors["g"])
                 residence.end("rows or features that are zero had to be filled")
-                return self.product.repeat(*saved(), g, want_dx=want_dx, want_dw=want_dw)
+                return partial(self.product.repeat, *saved(), g, want_dx=want_dx, want_dw=want_dw)
             residence.accumulates(saved()[0], g)
         engine.stats.encryptions["g"] += 1
         engine.backward_seen()
@@ -265,17 +300,21 @@ class Call:
         self._confirm()
         if not (want_dx or answered):
             self.stored.unconfirmed.append(batch)
-
         dw = WeightGradients(self, batch, encoded, g, saved) if answered else None
-        dx = None
-        if want_dx:
-            with batch.replies("dx") as replies:
-                dx = encoded.decode_input_gradient(replies)
-        if engine.truth is not None:
-            for operand in encoded.operands:
-                plain = {"g": _part(g, operand)} | ({} if dx is None else {"dx": dx[operand.rows]})
-                engine.truth.record(batch.posted[operand.worker], "backward", plain)
-        return dx, dw
+
+        def finish() -> Gradients:
+            engine.settle()  # while workers compute what was just sent
+            dx = None
+            if want_dx:
+                with batch.replies("dx") as replies:
+                    dx = encoded.decode_input_gradient(replies)
+            if engine.truth is not None:
+                for operand in encoded.operands:
+                    plain = {"g": _part(g, operand)} | ({} if dx is None else {"dx": dx[operand.rows]})
+                    engine.truth.record(batch.posted[operand.worker], "backward", plain)
+            return dx, dw
+
+        return finish
 
 
 def _part(tensor: Tensor, operand: Operand) -> Tensor:

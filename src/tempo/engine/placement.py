@@ -15,7 +15,7 @@ from tempo.engine.link import Link
 from tempo.engine.verifier import Verifier
 from tempo.schemes.base import Scheme
 from tempo.settings import Settings
-from tempo.wire.messages import Product
+from tempo.wire.messages import Linear, Product
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,14 @@ class Planner:
 
     def __init__(self, settings: Settings, links: Sequence[Link], costs: Costs | None = None) -> None:
         self.placement = settings.placement
-        self._wire_dtype = settings.wire_dtype
+        self._overlap, self._wire_dtype = settings.overlap, settings.wire_dtype
         self._checked = Verifier(settings.verify).share
         self.measurements = [link.measure() for link in links]
         self._total = sum(m.flops_per_s for m in self.measurements)
         self.shares = [m.flops_per_s / self._total for m in self.measurements]
         self._costs = costs or MeasuredCosts(settings.wire_dtype, [link.address.operator for link in links])
         self._decisions: dict[tuple[object, ...], Decision] = {}
+        self._parted: dict[tuple[object, ...], int] = {}
 
     def share(self, link: Link) -> float:
         """Of one more worker, in units in which those that were there first have one together."""
@@ -147,3 +148,38 @@ class Planner:
             + trips * max(m.latency_s for m in self.measurements),
             worker=one_pass * filled * passes / sum(m.flops_per_s for m in self.measurements),
         )
+
+    def parts(
+        self, scheme: Scheme, x: tuple[int, int], w: tuple[int, int], dtype: torch.dtype, *, training: bool
+    ) -> int:
+        """In how many parts to send the rows of a fully connected layer; arguments as for `decide`."""
+        key = (scheme, x, w, dtype, training)
+        if key not in self._parted:
+            wanted = range(1, 5) if self._overlap == "auto" else range(1, self._overlap + 1)
+            allowed = [parts for parts in wanted if scheme.may_part(x[0], parts)] or [1]
+            if self._overlap == "auto" and self.placement == "all":
+                allowed = [1]
+            if self._overlap == "auto" and len(allowed) > 1:
+                hidden, more = self._overlapping(scheme, x, w, dtype, training=training)
+                allowed.sort(key=lambda parts: hidden * (1 - 1 / parts) - more * (parts - 1))
+            self._parted[key] = allowed[-1]
+        return self._parted[key]
+
+    def _overlapping(
+        self, scheme: Scheme, x: tuple[int, int], w: tuple[int, int], dtype: torch.dtype, *, training: bool
+    ) -> tuple[float, float]:
+        """Seconds that perfect overlap would hide, and those that each part but the first costs."""
+        rates = self._costs.rates(scheme, Linear(), x, w, dtype)
+        size = on_the_wire(self._wire_dtype, dtype).itemsize
+        upload = sum(m.upload_bytes_per_s for m in self.measurements)
+        download = sum(m.download_bytes_per_s for m in self.measurements)
+        one_pass = flops(Linear(), x, w) / sum(m.flops_per_s for m in self.measurements)
+        rows_x, rows_y, more = prod(x) * rates.copies, x[0] * w[0], {"x": 0, "y": 0}
+        there = size * (rows_x / upload + rows_y / download) + one_pass
+        hidden = min(sum(rates.seconds({"x": rows_x, "y": rows_y}, self._checked)), there)
+        if training:
+            back = size * (rows_y / upload + rows_x / download) + one_pass
+            hidden += min(sum(rates.seconds({"g": rows_y, "dx": rows_x}, self._checked)), back)
+            more |= {"g": 0, "dx": 0, "dw": prod(w)}
+        extra = sum(rates.seconds(more, self._checked)) + (1 + training) * max(m.latency_s for m in self.measurements)
+        return hidden, extra + size * more.get("dw", 0) / download

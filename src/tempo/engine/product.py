@@ -14,6 +14,7 @@ from tempo.engine.call import Call, Gradients
 from tempo.engine.dtypes import on_the_wire
 from tempo.engine.fingerprint import Fingerprint
 from tempo.engine.geometry import flops
+from tempo.engine.parts import CallInParts
 from tempo.engine.residence import Residence, Terms
 from tempo.engine.stored import StoredWeight
 from tempo.engine.update_cost import update_cost
@@ -24,6 +25,7 @@ from tempo.wire.messages import Product as ProductKind
 from tempo.worker.update import states
 
 if TYPE_CHECKING:
+    from tempo.engine.batch import Batch
     from tempo.engine.engine import Engine
 
 
@@ -56,8 +58,8 @@ class Product:
 
     def call(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, keep: bool
-    ) -> tuple[list[Tensor], Call]:
-        """Compute ``Y`` on workers.
+    ) -> tuple[list[Tensor], Call | CallInParts]:
+        """Compute ``Y`` on workers, in as many parts as pay.
 
         Args:
             x: Input, rows first, features second.
@@ -74,8 +76,18 @@ class Product:
         """
         while True:
             try:
-                call = self._encode(x, weights, keep=keep, again=False)
-                return call.forward(x, biases), call
+                pieces = x.tensor_split(self._parts(x, weights, keep))
+                calls: list[Call] = []
+                batches: list[Batch] = []
+                for piece in pieces:
+                    calls.append(
+                        self._encode(piece, weights, keep=keep, again=False, first=calls[0] if calls else None)
+                    )
+                    batches.append(calls[-1].begin())
+                found = [c.finish(b, p, biases) for c, b, p in zip(calls, batches, pieces, strict=True)]
+                if len(calls) == 1:
+                    return found[0], calls[0]
+                return [torch.cat(outputs) for outputs in zip(*found, strict=True)], CallInParts(calls)
             except WorkerError as error:
                 self._stored = None  # whether workers hold it is not known
                 self.engine.dismiss(error)
@@ -104,15 +116,34 @@ class Product:
                 self._stored = None
                 raise
 
-    def _encode(self, x: Tensor, weights: Sequence[Tensor], *, keep: bool, again: bool) -> Call:
-        """Mask ``x``, and the weights where workers do not hold them; ``again``: a backward pass asks for it."""
+    def _parts(self, x: Tensor, weights: Sequence[Tensor], keep: bool) -> int:
+        """In how many parts to send ``x``. Convolutions have few rows, and resident weights sum over all of them."""
+        if not isinstance(self.kind, Linear) or self.engine.settings.update != "trusted":
+            return 1
+        shape_w = sum(len(w) for w in weights), weights[0].shape[1]
+        return self.engine.planner.parts(self.scheme, (x.shape[0], x.shape[1]), shape_w, x.dtype, training=keep)
+
+    def _encode(
+        self, x: Tensor, weights: Sequence[Tensor], *, keep: bool, again: bool, first: Call | None = None
+    ) -> Call:
+        """Mask ``x``, and the weights where workers do not hold them.
+
+        Args:
+            x: The input.
+            weights: Of the members.
+            keep: Whether a weight gradient may be wanted.
+            again: Whether a backward pass asks for it.
+            first: The first part of the same call, whose weight is used.
+        """
         engine = self.engine
         engine.keys.check_process()
         shape_w = (sum(len(w) for w in weights), *weights[0].shape[1:])
         work = flops(self.kind, tuple(x.shape), shape_w)
-        residence = self._settled(x, weights, keep)
+        residence = self._settled(x, weights, keep) if first is None else None
         weight: Recall
-        if residence is not None:
+        if first is not None:
+            stored, targets, weight = first.stored, first.targets, first.weight
+        elif residence is not None:
             stored, targets, weight = residence.stored, [residence.target], residence.peek
         else:
             sources = [w.detach() for w in weights]
@@ -125,7 +156,15 @@ class Product:
         engine.stats.encryptions["x"] += 1
         stored.rows_served += x.numel() // x.shape[1]  # of a convolution, every pixel is a row
         return Call(
-            self, stored, encoded, weight, (tuple(x.shape), shape_w), [len(w) for w in weights], keep, residence
+            self,
+            stored,
+            targets,
+            encoded,
+            weight,
+            (tuple(x.shape), shape_w),
+            [len(w) for w in weights],
+            keep,
+            residence,
         )
 
     def _settled(self, x: Tensor, weights: Sequence[Tensor], keep: bool) -> Residence | None:

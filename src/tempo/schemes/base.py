@@ -223,6 +223,10 @@ class Scheme(ABC):
         """How many rows a worker gets where ``rows`` are its part: some schemes add more."""
         return rows
 
+    def may_part(self, rows: int, parts: int) -> bool:
+        """Whether ``rows`` that go to a worker in so many ``parts``, one by one, are masked as well as the whole."""
+        return rows >= parts and self.rows_sent(rows // parts) == rows // parts
+
     def rows_to_repeat(self, g: Tensor, x: tuple[int, ...], w: tuple[int, ...], *, want_dw: bool) -> Tensor | None:
         """Rows of a call to send again by themselves, under fresh masks, for the gradient ``g`` that is zero elsewhere.
 

@@ -152,6 +152,10 @@ class Mixing(SingleMaskScheme):
         """With shield rows: those asked for, and what a row block lacks."""
         return max(rows + self.shield_rows, self.row_block)
 
+    def may_part(self, rows: int, parts: int) -> bool:
+        """Not where more rows in one call get larger blocks: parts of it would not."""
+        return super().may_part(rows, parts) and self.row_block_of(rows) == self.row_block_of(rows // parts)
+
     def rows_to_repeat(self, g: Tensor, x: tuple[int, ...], w: tuple[int, ...], *, want_dw: bool) -> Tensor | None:
         """The live rows, where so many are dead that this is cheaper than filling them."""
         return cover.rows_to_repeat(g, x, w, self.row_block, want_dw=want_dw)

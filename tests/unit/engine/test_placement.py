@@ -156,3 +156,24 @@ def test_narrow_numbers_travel_faster():
 def test_rows_are_shared_in_proportion_to_speed():
     slow = Measurement(1e-4, 5e9, 5e9, flops_per_s=2.5e13)
     assert planner(GPU, slow).shares == pytest.approx([0.8, 0.2])
+
+
+def parts(plan: Planner, rows: int = 4096, scheme: Scheme = TEMPO, width: int = 1024) -> int:
+    return plan.parts(scheme, (rows, width), (width, width), torch.float32, training=True)
+
+
+def test_calls_are_parted_where_masks_and_workers_take_long():
+    slow = Measurement(1e-4, 5e9, 5e9, flops_per_s=1e12)
+    assert 1 < parts(planner(slow)) <= 4
+    assert parts(planner(Measurement(0.0, 1e15, 1e15, flops_per_s=1e18))) == 1  # nothing to hide behind
+    assert parts(planner(Measurement(1.0, 5e9, 5e9, flops_per_s=1e12))) == 1  # each part is one more round trip
+    assert parts(planner(slow), rows=64, width=4096) == 1  # and one more gradient of the weight
+    assert parts(planner(slow, placement="all")) == 1  # nothing is measured
+
+
+def test_calls_are_parted_as_the_user_says_unless_masks_would_be_worse():
+    assert [parts(planner(GPU, placement="all", overlap=n)) for n in (1, 2, 3, 4)] == [1, 2, 3, 4]
+    plan = planner(GPU, overlap=4)
+    assert parts(plan, rows=3) == 3
+    assert parts(plan, rows=100, scheme=MIX) == 3  # a part of 25 rows would be filled up to a block of 32
+    assert parts(plan, rows=20_000, scheme=MIX) == 1  # more rows get larger blocks
