@@ -60,6 +60,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Send spatial convolutions as patches times a matrix: masks then cover positions and kernel taps too, for as many
     times the bytes as the kernel has taps. Scheme `mix-tuned` always does."""
 
+    memory_format: Literal["auto", "preserve"] = "auto"
+    """How feature maps lie in memory: ``auto`` has channels last where that is faster and the model cannot notice;
+    ``preserve`` as plain PyTorch would have them."""
+
     mix_block: Annotated[int, Meta(ge=1)] = 32
     """Schemes `mix` and `mix-tuned`: features that one block mixes, at least; layers with fewer stay trusted."""
 

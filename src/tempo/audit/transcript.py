@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tempo.errors import AuditError
+from tempo.wire.layout import meant
 from tempo.wire.messages import Linear, Product
 
 VERSION = 1
@@ -111,12 +112,13 @@ class Call:
     @property
     def x(self) -> Tensor:
         """``x~``."""
-        return self.forward.tensors["x"]
+        return meant(self.product, "x", self.forward.tensors["x"])
 
     @property
     def y(self) -> Tensor | None:
         """``y~``."""
-        return self.forward.tensors.get("y")
+        y = self.forward.tensors.get("y")
+        return None if y is None else meant(self.product, "y", y)
 
     @property
     def g(self) -> Tensor | None:
@@ -137,7 +139,8 @@ class Call:
         return dw
 
     def _back(self, name: str) -> Tensor | None:
-        return None if self.backward is None else self.backward.tensors.get(name)
+        found = None if self.backward is None else self.backward.tensors.get(name)
+        return None if found is None else meant(self.product, name, found)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from tempo.errors import WorkerError, WorkerLostError
 from tempo.schemes.base import Operand
 from tempo.schemes.reply import Reply
 from tempo.verify.checks import AnswerCheck
+from tempo.wire.layout import meant, sent, sent_shape
 from tempo.wire.messages import Backward, Fetch, Forward, Store, Update
+from tempo.wire.messages import Product as ProductKind
 
 if TYPE_CHECKING:
     from tempo.engine.engine import Engine
@@ -39,10 +41,11 @@ class Posted:
 class Batch:
     """One request to each worker that takes part in a product, and their answers."""
 
-    def __init__(self, engine: Engine, name: str, layer: int) -> None:
+    def __init__(self, engine: Engine, name: str, layer: int, kind: ProductKind) -> None:
         self.engine = engine
         self.name = name
         self.layer = layer
+        self.kind = kind
         self.posted: dict[int, Posted] = {}
         self._checks: dict[tuple[str, int], AnswerCheck] = {}
         self._failed: dict[str, WorkerError] = {}
@@ -64,7 +67,12 @@ class Batch:
         with engine.stats.timed("wire", message.__name__, self.name), self._named(worker):
             exchange = None if trace is None else trace.request(str(link.address), message.__name__, self.name)
             request = message(step=engine.step, layer=self.layer, **fields)
-            futures = link.request(request, send.tensors, wants, exchange)
+            futures = link.request(
+                request,
+                {name: sent(self.kind, name, tensor) for name, tensor in send.tensors.items()},
+                {name: (sent_shape(self.kind, name, shape), dtype) for name, (shape, dtype) in wants.items()},
+                exchange,
+            )
         self.posted[worker] = Posted(worker, engine.step, link.last_id, self.layer)
         for name, future in futures.items():
             self._futures.setdefault(name, {})[worker] = future
@@ -116,8 +124,9 @@ class Batch:
                 start = time.perf_counter_ns()
                 # Out of the batch whatever comes: what is left in it when something fails is given back with it.
                 with nullcontext() if trace is None else trace.span("wait", name, self.name):
-                    tensor = futures.pop(worker).result(timeout=engine.settings.request_timeout)
+                    answer = futures.pop(worker).result(timeout=engine.settings.request_timeout)
                 waited += time.perf_counter_ns() - start
+                tensor = meant(self.kind, name, answer)
             check = self._checks.pop((name, worker), None)
             received[worker] = Received(engine, worker, name, self.name, tensor, check, named)
         computing = max(engine.links[worker].worker_nanoseconds - earlier for worker, earlier in before.items())

@@ -262,7 +262,7 @@ class Call:
             encoded = self.encoded.encode_gradient(
                 g,
                 engine.keys.fresh(self.product.number, "g"),
-                engine.empty,
+                self.product.maps,
                 lambda: saved()[0],
                 self.weight,
                 want_dw=want_dw,

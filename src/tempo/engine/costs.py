@@ -17,6 +17,7 @@ from tempo.engine.geometry import Shape, flops, output_shape
 from tempo.keys import KeySchedule
 from tempo.schemes import arithmetic
 from tempo.schemes.base import Problem, Scheme, Target
+from tempo.schemes.reply import Passed, Reply
 from tempo.verify.checks import WeightCheck
 from tempo.wire.messages import Conv, Linear, Product
 
@@ -212,12 +213,16 @@ class _Run:
                 gradients.input_gradient(answers["dx"][worker])
             with timed("check dw"):
                 gradients.weight_gradient(answers["dw"][worker])
+        replies: dict[str, dict[int, Reply]] = {
+            name: {worker: Passed(tensor) for worker, tensor in by_worker.items()}
+            for name, by_worker in answers.items()
+        }
         with timed("y"):
-            source.decode_output(answers["y"], [len(w)])
+            source.decode_output(replies["y"], [len(w)])
         with timed("dx"):
-            gradient.decode_input_gradient(answers["dx"])
+            gradient.decode_input_gradient(replies["dx"])
         with timed("dw"):
-            gradient.decode_weight_gradient(answers["dw"], [len(w)])
+            gradient.decode_weight_gradient(replies["dw"], [len(w)])
         everything = [*masked.values(), *({name: t} for name, by_worker in answers.items() for t in by_worker.values())]
         self.elements = {name: sum(part[name].numel() for part in everything if name in part) for name in _NAMES}
         self.flops = 3 * sum(flops(product, tuple(s["x"].shape), tuple(s["w"].shape)) for s in masked.values())

@@ -151,7 +151,7 @@ class Engine:
                     future.add_done_callback(partial(self._release_unread, worker))
         if self.truth is not None:
             self.truth.named(product.number, product.name)
-        return Batch(self, product.name, product.number)
+        return Batch(self, product.name, product.number, product.kind)
 
     def give_back_after(self, owner: object, futures: Futures) -> None:
         """Give buffers of answers back that nobody read, once ``owner`` is garbage here."""

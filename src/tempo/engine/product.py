@@ -20,6 +20,7 @@ from tempo.engine.stored import StoredWeight
 from tempo.engine.update_cost import update_cost
 from tempo.errors import NonFiniteError, WorkerError
 from tempo.schemes.base import Problem, Recall, Scheme, Target
+from tempo.wire.layout import meant, sent_shape
 from tempo.wire.messages import Linear
 from tempo.wire.messages import Product as ProductKind
 from tempo.worker.update import states
@@ -55,6 +56,10 @@ class Product:
     def problem(self, dtype: torch.dtype) -> Problem:
         """This product, for the scheme, computed in ``dtype``."""
         return Problem(self.kind, on_the_wire(self.engine.settings.wire_dtype, dtype))
+
+    def maps(self, worker: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A send buffer of that worker's link for ``X`` or ``G``, with axes in the order in which they travel."""
+        return meant(self.kind, "x", self.engine.empty(worker, sent_shape(self.kind, "x", shape), dtype))
 
     def call(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, keep: bool
@@ -152,7 +157,7 @@ class Product:
             stored, weight = self._store(here, sources, targets, again), partial(_whole, here)
         with engine.stats.timed("mask", "x", self.name):
             self.check_finite(x, "input")
-            encoded = stored.encoded.encode_input(x, engine.keys.fresh(self.number, "x"), targets, engine.empty, weight)
+            encoded = stored.encoded.encode_input(x, engine.keys.fresh(self.number, "x"), targets, self.maps, weight)
         engine.stats.encryptions["x"] += 1
         stored.rows_served += x.numel() // x.shape[1]  # of a convolution, every pixel is a row
         return Call(

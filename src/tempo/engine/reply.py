@@ -13,6 +13,7 @@ from tempo.schemes.reply import Reply, Unmask, Watch
 from tempo.verify.checks import AnswerCheck, Residual
 from tempo.verify.norms import lost
 from tempo.verify.sums import Sums
+from tempo.wire.layout import is_last
 
 if TYPE_CHECKING:
     from tempo.engine.engine import Engine
@@ -52,7 +53,7 @@ class Received(Reply):
         check, self._check = self._check, None
         if check is not None:
             with self._named(), self._engine.stats.timed("verify", self._name, self._layer):
-                came, into = self._tensor, self._link.private(self._tensor)
+                came, into = self._tensor, self._room()
                 try:
                     residual = check.judge(came, into)
                 finally:
@@ -79,6 +80,13 @@ class Received(Reply):
     def release(self) -> None:
         """Give the memory back."""
         self._link.release(self._tensor)
+
+    def _room(self) -> Tensor | None:
+        """Where to copy it, with axes in the same order, if it may be changed where it is."""
+        if not is_last(self._tensor):
+            return self._link.private(self._tensor)
+        room = self._link.private(self._tensor.movedim(1, -1))
+        return None if room is None else room.movedim(-1, 1)
 
     def _watchable(self) -> bool:
         return kernels.native() is not None and self._tensor.dtype in kernels.DTYPES and self._tensor.numel() > 0

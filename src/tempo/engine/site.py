@@ -47,13 +47,22 @@ class Site:
         name: The layer's name in its model, for the user; never sent.
         scheme: What masks its products: a session may use one for each model.
         keep_trusted: Why every call stays in the trusted process, or None.
+        channels_last: Whether feature maps that it gives out have channels last in memory, whatever it is given.
     """
 
-    def __init__(self, engine: Engine, name: str, scheme: Scheme, keep_trusted: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        scheme: Scheme,
+        keep_trusted: str | None = None,
+        channels_last: bool = False,
+    ) -> None:
         self.engine = engine
         self.name = name
         self.scheme = scheme
         self.keep_trusted = keep_trusted
+        self.channels_last = channels_last
         self.usage = Usage()
         self.group: Group | None = None
         self.neighbours: list[tuple[Site, Parameters]] = []
@@ -69,7 +78,7 @@ class Site:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Site:
         """A copy of a layer is a layer of its own: same session, own labels, own masks."""
-        return Site(self.engine, f"{self.name} (copy)", self.scheme, self.keep_trusted)
+        return Site(self.engine, f"{self.name} (copy)", self.scheme, self.keep_trusted, self.channels_last)
 
     def __reduce__(self) -> str | tuple[object, ...]:
         raise TypeError("a site belongs to a running session and cannot be stored")
@@ -128,7 +137,7 @@ class Site:
         strided = x[(slice(None), slice(None), *(slice(None, None, step) for step in kind.stride))]
         pixels = strided.movedim(1, -1)
         (y,) = self.compute(self._product(Linear()), pixels, [weight.flatten(1)], [bias])
-        return y.movedim(-1, 1)
+        return _as_maps(y, kind)
 
     def _unfolded(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Conv, trusted: Callable[[], Tensor]
@@ -140,7 +149,7 @@ class Site:
             self._stay(x, weight)
             return trusted()
         (y,) = self.compute(self._product(Linear()), patches(x, kind, kernel), [flat], [bias])
-        return y.movedim(-1, 1)
+        return _as_maps(y, kind)
 
     def _warn_of_span(self, x: Tensor) -> None:
         """Masks mix whole maps: with fewer maps than pixels, an image is in their span only if it was in the batch."""
@@ -234,6 +243,12 @@ class Site:
 def _likeness(x: Tensor, weight: Tensor) -> tuple[object, ...]:
     """What the placement of one site's call depends on."""
     return x.shape, x.dtype, x.requires_grad, weight.requires_grad, torch.is_grad_enabled()
+
+
+def _as_maps(y: Tensor, kind: Conv) -> Tensor:
+    """Rows of pixels as maps, in the order of axes in memory in which the convolution has to give them."""
+    maps = y.movedim(-1, 1)
+    return maps if kind.channels_last else maps.contiguous()
 
 
 def _out_of_reach(x: Tensor, weight: Tensor) -> str | None:

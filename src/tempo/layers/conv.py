@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tempo.layers.base import Protected
+from tempo.wire.layout import is_last
 from tempo.wire.messages import Conv
 
 
@@ -29,9 +30,16 @@ class _ProtectedConv(Protected):
             )
         ):
             return plain(input, weight, bias)  # type: ignore[no-any-return]
-        kind = Conv(tuple(module.stride), padding, tuple(module.dilation), module.groups)
-        y: Tensor = self._tempo.convolution(padded, weight, bias, kind, lambda: plain(batched, weight, bias))
+        last = dims > 1 and (self._tempo.channels_last or is_last(batched) or is_last(weight))
+        kind = Conv(tuple(module.stride), padding, tuple(module.dilation), module.groups, last)
+        y: Tensor = self._tempo.convolution(
+            padded, weight, bias, kind, lambda: plain(_channels_last(batched) if last else batched, weight, bias)
+        )
         return y if batched is input else y.squeeze(0)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 
 
 def _resolve_padding(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:

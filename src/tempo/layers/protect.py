@@ -17,6 +17,7 @@ from tempo.errors import ProtectionWarning, SettingsError
 from tempo.layers import layer_type
 from tempo.layers.base import Protected, overrides, protected_class
 from tempo.layers.exposed import CONVOLUTIONS, exposed_layers
+from tempo.layers.memory_format import restore_outputs, unaware
 from tempo.schemes.base import Scheme
 from tempo.trusted.mode import Root, root_class
 from tempo.wire.messages import Conv, Linear
@@ -64,6 +65,9 @@ def protect(
     layers = [(name, module) for name, module, entry in supported if entry.computes]
     for setting, patterns in (("trusted", trusted), ("offload", offload)):
         _check_patterns(setting, patterns, [name for name, _ in layers], inside)
+    channels_last = engine.settings.memory_format == "auto" and unaware(model)
+    if channels_last:
+        model.register_forward_hook(restore_outputs)
     kept = _reasons_to_keep(model, layers, engine, scheme, trusted, offload)
     found = []
     for name, module, entry in supported:
@@ -75,7 +79,7 @@ def protect(
         if bypass is not None:
             reason = f"{bypass} overrides what Tempo would replace"
             warnings.warn(f"layer {name!r} stays trusted: {reason}", stacklevel=3)
-        site = entry.make_site(Site(engine, name or type(module).__name__, scheme, reason))
+        site = entry.make_site(Site(engine, name or type(module).__name__, scheme, reason, channels_last))
         if bypass is None and not lazy:
             # Not through __setattr__: a module would look for a parameter or submodule of that name.
             module.__dict__["_tempo"] = site
@@ -101,6 +105,8 @@ def unprotect(model: nn.Module) -> None:
                 f"layer {name!r} was given the class {type(module).__name__} after protect(); undo that first "
                 "(torch.nn.utils.parametrize.remove_parametrizations, say)"
             )
+    for number in [number for number, hook in model._forward_hooks.items() if hook is restore_outputs]:
+        del model._forward_hooks[number]
     for _, module in swapped:
         if isinstance(module, Root):
             module.__class__ = module._tempo_root  # type: ignore[assignment]

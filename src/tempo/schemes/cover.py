@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tempo.keys import Keystream
 from tempo.schemes import haar
+from tempo.wire.layout import empty_like
 
 FAINT = 1e-20
 """Scale of what covers an operand that is all zero: not zero, and lost in any optimizer's epsilon."""
@@ -99,7 +100,7 @@ def cover(stream: Keystream, plain: Tensor, fillers: int = 0, shields: int = 0) 
     if not appended and not len(rows) and not len(columns):
         return plain, uncovered(plain)
     scale = _rms(plain, rows) * math.sqrt(plain.shape[1] / max(1, plain.shape[1] - len(columns)))
-    covered = plain.new_empty(real + appended, *plain.shape[1:])
+    covered = empty_like(plain, (real + appended, *plain.shape[1:]), plain.dtype)
     covered[:real] = plain
     if live > appended:
         _fill(stream, covered[:real], 1, columns, scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from types import ModuleType
 
 import torch
@@ -12,6 +13,7 @@ from tempo import kernels
 from tempo.schemes.block_sandwich import block_sandwich
 from tempo.schemes.operators import Gather, Operator, work_dtype
 from tempo.schemes.reply import Watch
+from tempo.wire.layout import is_last
 
 _CHUNK = 1 << 18
 """Elements handled at a time, so that the passes of one chunk stay in the second-level cache."""
@@ -42,6 +44,8 @@ def sandwich(
     """
     if all(out.numel() == 0 for out in outs):
         return
+    if is_last(outs[0]):
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     biases = biases or [None] * len(outs)
     native = kernels.native()
     if native is not None and _in_kernel(native, x, rows, columns, outs, axis, biases, watch):
@@ -116,6 +120,10 @@ def _arrays(operator: Operator | None) -> tuple[list[Tensor], Tensor | None, lis
 
 def _in_torch(x: Tensor, rows: Operator | None, columns: Operator | None, outs: Sequence[Tensor]) -> None:
     """The same without kernels; pieces along axis 1."""
+    if is_last(outs[0]) and not (rows is None and columns is None):
+        (out,) = outs
+        _pixels_in_torch(x, rows, columns, out)
+        return
     if any(operator is not None and operator.blocks for operator in (rows, columns)):
         block_sandwich(x, rows, columns, outs)
         return
@@ -131,6 +139,25 @@ def _in_torch(x: Tensor, rows: Operator | None, columns: Operator | None, outs: 
             out.copy_(piece)
         else:
             gather(piece, row, column if whole or column is None else column.part(which), out)
+
+
+def _pixels_in_torch(x: Tensor, rows: Operator | None, columns: Operator | None, out: Tensor) -> None:
+    """Where channels lie last: with the rows of all pixels at once, or columns of pixels and then rows of images."""
+    x, out = x.movedim(1, -1), out.movedim(1, -1)
+    width = x.shape[-1]
+    if rows is not None and not rows.blocks:
+        pixels, gather = prod(x.shape[1:-1]), rows.gathers[0]
+        index = gather.index.unsqueeze(1) * pixels + torch.arange(pixels, dtype=gather.index.dtype)
+        scale = None if gather.scale is None else gather.scale.repeat_interleave(pixels)
+        rows = Operator((Gather(index.view(-1), scale),))
+        _in_torch(x.reshape(-1, width), rows, columns, [out.view(-1, width)])
+        return
+    between = x
+    if columns is not None:
+        between = out if rows is None else torch.empty(x.shape, dtype=work_dtype(x))
+        _in_torch(x.reshape(-1, width), None, columns, [between.view(-1, width)])
+    if rows is not None:
+        _in_torch(between.reshape(len(x), -1), rows, None, [out.view(len(x), -1)])
 
 
 def _scale(gather: Gather, dtype: torch.dtype) -> Tensor:

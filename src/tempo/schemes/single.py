@@ -30,6 +30,7 @@ from tempo.schemes.cover import Cover, uncovered
 from tempo.schemes.masks import Mask, Masks
 from tempo.schemes.operators import work_dtype
 from tempo.schemes.reply import Passed, Reply
+from tempo.wire.layout import maps
 from tempo.wire.messages import Muon, Rule
 from tempo.worker.update import apply
 
@@ -243,7 +244,8 @@ class MaskedInput(EncodedInput):
     ) -> list[Tensor]:
         """Unmask each part's columns straight into the output they belong to, where nothing is to be taken off."""
         spatial = next(iter(replies.values())).shape[2:]
-        outputs = [torch.empty(self.shape[0], size, *spatial, dtype=self.dtype) for size in sizes]
+        product = self.weight.problem.product
+        outputs = [maps(product, (self.shape[0], size, *spatial), self.dtype) for size in sizes]
         bias = _joined(biases or [], sizes, outputs[0])
         for worker, part in self.parts.items():
             pieces = [output[part.rows] for output in outputs]
@@ -308,7 +310,7 @@ class MaskedGradient(EncodedGradient):
     def decode_input_gradient(self, replies: dict[int, Reply]) -> Tensor:
         """Unmask each part of ``dX`` into place."""
         source = self.source
-        dx = torch.empty(source.shape, dtype=source.dtype)
+        dx = maps(source.weight.problem.product, source.shape, source.dtype)
         for worker, part in self.parts.items():
             if part.plain:
                 replies[worker].read(partial(part.masks.decode, "dx", outs=[dx[part.rows]]))

@@ -16,11 +16,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from tempo.schemes import arithmetic
 from tempo.schemes.reply import MOST_WATCHED
 from tempo.verify.norms import lengths as lengths_of
-from tempo.verify.norms import lost, out_of_range
 from tempo.verify.sums import Sums, of_both, of_rows, pieces
+from tempo.verify.taps import pull, push
 from tempo.wire.messages import Conv, Linear, Product
 
 
@@ -130,6 +129,9 @@ class Matrices(Form):
 class Convolutions(Form):
     """Images first, channels second. A row is a pixel of an image, in one group of channels.
 
+    Pixels are summed as the rows of a matrix, with the vectors of every tap of the kernel; what the taps gave is then
+    added up where the kernel would. So kernels here are (groups, sizes of the kernel, k, channels of a group).
+
     The length of a pixel is that of what the kernel covers there. Fast algorithms (Winograd, FFT) spread rounding
     errors over a tile or a whole image, so where a kernel has several taps every pixel counts as long as the longest of
     its image.
@@ -143,63 +145,52 @@ class Convolutions(Form):
     def weight(self, w: Tensor, r: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A kernel of k output channels per group, one of k input channels per group, (groups, 1)."""
         features = self._features(w)
-        from_outputs = torch.bmm(r, features).view(-1, *w.shape[1:])
+        found = [of_both(of, of[:0].to(r.dtype), vectors) for of, vectors in zip(features, r, strict=True)]
+        from_outputs = torch.stack([columns.sums for _, columns in found])
         by_group = features.view(*features.shape[:2], w.shape[1], prod(w.shape[2:]))
-        from_inputs = torch.einsum("gkc,goct->gokt", v, by_group).reshape(w.shape[0], -1, *w.shape[2:])
-        return from_outputs, from_inputs, torch.linalg.vector_norm(lengths_of(features, 2), dim=1, keepdim=True)
+        from_inputs = (v.unsqueeze(1) @ by_group).permute(0, 3, 2, 1).unflatten(1, w.shape[2:])
+        length = torch.stack([torch.linalg.vector_norm(rows.lengths, dim=0, keepdim=True) for rows, _ in found])
+        return self.as_kernel(from_outputs, tuple(w.shape)), from_inputs, length
 
     def as_kernel(self, z: Tensor, w: tuple[int, ...]) -> Tensor:
         """A kernel of k output channels per group."""
-        return z.reshape(-1, *w[1:])
+        kernel: Tensor = z.unflatten(2, w[1:]).movedim((1, 2), (-2, -1))
+        return kernel
 
     def inputs(self, x: Tensor, kernels: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
         """Sums (N, groups, k, pixels of ``y``)."""
-        taps = kernels[0].shape[2:]
-        split = [k.view(self.groups, -1, *k.shape[1:]) for k in kernels]
-        kernel = torch.cat(split, 1).flatten(0, 1)
-        ones = kernel.new_ones(self.groups, 1, *taps)
-        sums, lengths, squares = [], [], kernel.new_zeros(self.groups, dtype=torch.float64)
-        for _, piece in pieces(x, self.work):
-            sums.append(self._by_group(self._push(piece, kernel)))
-            of_pixels = self._squares(piece, partial(self._push, kernel=ones))
-            squares += of_pixels.sum((0, 2))
-            lengths.append(self._lengths(of_pixels, taps))
-        return (
-            list(torch.cat(sums).split([k.shape[1] for k in split], 2)),
-            torch.cat(lengths),
-            squares.sqrt_().unsqueeze_(1),
-        )
+        kernel = torch.cat(kernels, -2)
+        sums, squares = self._over_taps(x, kernel, partial(push, self.product))
+        length = squares.sum((0, 2)).sqrt_().unsqueeze_(1)
+        return list(sums.split([k.shape[-2] for k in kernels], 2)), self._longest(squares, kernel), length
 
     def gradients(
         self, g: Tensor, kernel: Tensor | None, q: Tensor | None, x: tuple[int, ...]
     ) -> tuple[Sums | None, Sums | None]:
         """Sums (N, groups, k, pixels of ``x``) and (groups, k, m/groups)."""
-        features = g.shape[1] // self.groups
-        rows, lengths = [], []
-        columns = g.new_zeros(self.groups, 0 if q is None else q.shape[2], features, dtype=self.work)
-        squares = g.new_zeros(self.groups, features, dtype=torch.float64)
-        for start, piece in pieces(g, self.work):
-            if kernel is not None:
-                rows.append(self._by_group(self._pull(piece, kernel, x[2:])))
-                ones = kernel.new_ones(self.groups, 1, *kernel.shape[2:])
-                of_pixels = self._squares(piece, partial(self._pull, kernel=ones, pixels=x[2:]))
-                lengths.append(self._lengths(of_pixels, kernel.shape[2:]))
-            if q is not None:
-                by_group = self._by_group(piece)
-                columns += (q[start : start + len(piece)] @ by_group.mT).sum(0)
-                squares += lengths_of(by_group, 3).square_().sum(0)
-        of_rows = None if kernel is None else Sums(torch.cat(rows), torch.cat(lengths))
-        return of_rows, None if q is None else Sums(columns, squares.sqrt_())
+        columns, rows = None, None
+        if q is not None:
+            by_group = q.permute(1, 2, 0, 3).flatten(2).contiguous()
+            none = by_group.new_empty(0, g.shape[1] // self.groups)
+            columns = _stacked(
+                [of_both(pixels, none, q)[1] for pixels, q in zip(self._pixels(g), by_group, strict=True)]
+            )
+        if kernel is not None:
+            sums, squares = self._over_taps(g, kernel, partial(pull, self.product, inputs=x[2:]))
+            rows = Sums(sums, self._longest(squares, kernel))
+        return rows, columns
 
     def rows(self, answer: Tensor, into: Tensor | None, vectors: Tensor, *, lengths: bool) -> Sums:
         """Sums (N, groups, k, pixels)."""
-        sums, norms = [], []
-        for _, piece in pieces(answer, self.work, into):
-            by_group = self._by_group(piece)
-            sums.append(vectors @ by_group)
-            pixels = (len(piece), self.groups, by_group.shape[3])
-            norms.append(lengths_of(by_group, 2) if lengths else by_group.new_zeros(pixels, dtype=torch.float64))
-        return Sums(torch.cat(sums), torch.cat(norms))
+        if into is not None and (self.groups > 1 or not into.movedim(1, -1).is_contiguous()):
+            answer, into = into.copy_(answer), None
+        copies = [None] * self.groups if into is None else self._pixels(into)
+        read = zip(self._pixels(answer), copies, vectors, strict=True)
+        found = _stacked([of_rows(pixels, v, lengths=lengths, into=copy) for pixels, copy, v in read])
+        pixels = (len(answer), prod(answer.shape[2:]))
+        return Sums(
+            found.sums.unflatten(2, pixels).permute(2, 0, 1, 3), found.lengths.unflatten(1, pixels).movedim(1, 0)
+        )
 
     def features(self, dw: Tensor, into: Tensor | None, z: Tensor, *, lengths: bool) -> Sums:
         """Sums (groups, k, m/groups)."""
@@ -211,33 +202,32 @@ class Convolutions(Form):
         """A weight as (groups, output features of a group, elements of one)."""
         return w.reshape(self.groups, w.shape[0] // self.groups, -1).to(self.work)
 
-    def _by_group(self, t: Tensor) -> Tensor:
-        """(N, channels, …) as (N, groups, channels of a group, pixels)."""
-        return t.reshape(len(t), self.groups, t.shape[1] // self.groups, prod(t.shape[2:]))
+    def _pixels(self, t: Tensor) -> list[Tensor]:
+        """The channels of each group, pixels first: views where channels lie last, else copies."""
+        pixels = t.movedim(1, -1).reshape(t.numel() // max(1, t.shape[1]), t.shape[1])
+        return list(pixels.split(t.shape[1] // self.groups, 1))
 
-    def _push(self, x: Tensor, kernel: Tensor) -> Tensor:
-        """From input pixels to output pixels."""
-        return arithmetic.output(self.product, x, kernel.to(x.dtype))
+    def _over_taps(self, t: Tensor, kernel: Tensor, add: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Sums (N, groups, k, pixels) of ``t`` with ``kernel``, and squared lengths (N, groups, pixels) of what it
+        covers; ``add`` adds up over taps.
+        """
+        taps, maps = kernel.shape[1:-2], (len(t), *t.shape[2:])
+        sums, squares = [], []
+        for pixels, vectors in zip(self._pixels(t), kernel.flatten(1, -2), strict=True):
+            # So many vectors make it a product like any other, for which PyTorch's is faster.
+            of_taps = torch.cat([vectors @ piece.t() for _, piece in pieces(pixels, self.work)], 1)
+            lengths = of_rows(pixels, vectors[:0]).lengths
+            sums.append(add(of_taps.unflatten(1, maps).unflatten(0, kernel.shape[1:-1])))
+            squares.append(add(lengths.square().expand(*taps, 1, -1).unflatten(-1, maps)))
+        return torch.stack(sums).flatten(3).permute(2, 0, 1, 3), torch.cat(squares).flatten(2).movedim(1, 0)
 
-    def _pull(self, g: Tensor, kernel: Tensor, pixels: tuple[int, ...]) -> Tensor:
-        """From output pixels to input pixels."""
-        shape = (len(g), self.groups * kernel.shape[1], *pixels)
-        return arithmetic.input_gradient(self.product, g, kernel.to(g.dtype), shape)
-
-    def _squares(self, piece: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
-        """Squared lengths (N, groups, pixels) of what a kernel covers, float64."""
-
-        def over_channels(t: Tensor) -> Tensor:
-            squares = t.square().view(len(t), self.groups, t.shape[1] // self.groups, *t.shape[2:]).sum(2)
-            return gather(squares).flatten(2).double()
-
-        found = over_channels(piece)
-        if out_of_range(found.sqrt()):
-            return over_channels(piece.double()).clamp_min_(0)
-        return found.clamp_min_(0) + lost(piece.dtype, piece.shape[1] // self.groups) ** 2
-
-    def _lengths(self, squares: Tensor, taps: tuple[int, ...]) -> Tensor:
-        """Of pixels; where a kernel has several taps, of the longest in each image and group."""
-        if prod(taps) > 1 and squares.shape[2]:
+    def _longest(self, squares: Tensor, kernel: Tensor) -> Tensor:
+        """Lengths of pixels; where a kernel has several taps, of the longest in each image and group."""
+        if prod(kernel.shape[1:-2]) > 1 and squares.shape[2]:
             squares = squares.amax(2, keepdim=True)
         return squares.sqrt()
+
+
+def _stacked(found: list[Sums]) -> Sums:
+    """One for each group."""
+    return Sums(torch.stack([of.sums for of in found]), torch.stack([of.lengths for of in found]))

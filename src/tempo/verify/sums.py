@@ -77,7 +77,7 @@ def of_both(x: Tensor, v: Tensor, q: Tensor) -> tuple[Sums, Sums]:
         square = piece.square()
         of_rows = square @ ones
         if out_of_range(of_rows.sqrt()):
-            square = piece.double().square_()
+            square = piece.double().square()
             of_rows = square @ ones.double()
         norms.append(of_rows.double().sqrt_() + lost(work, x.shape[1]))
         squares += (ones.new_ones(len(piece), dtype=square.dtype) @ square).double()

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of everything in this file; a hello with another one is refused."""
 
 DType = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"]
@@ -59,12 +59,16 @@ class Linear(_Struct, frozen=True, tag="linear"):
 
 
 class Conv(_Struct, frozen=True, tag="conv"):
-    """A convolution over one to three spatial axes, without bias; x is N×C×…, w is O×(C/groups)×…."""
+    """A convolution over one to three spatial axes, without bias; x is N×C×…, w is O×(C/groups)×….
+
+    With ``channels_last`` x, y, g and dx travel as N×…×C.
+    """
 
     stride: Geometry
     padding: Geometry
     dilation: Geometry
     groups: Annotated[int, Meta(ge=1, le=1 << 16)]
+    channels_last: bool = False
 
 
 Product = Linear | Conv

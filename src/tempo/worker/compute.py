@@ -11,6 +11,7 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
+from tempo.wire.layout import meant, meant_shape, sent_shape
 from tempo.wire.memory import Block
 from tempo.wire.messages import Conv, Linear, Product, Rule, Shape
 from tempo.worker.budget import Account
@@ -144,6 +145,7 @@ class TorchCompute(Compute):
 
     def forward(self, product: Product, x: Tensor, w: Tensor, out: Tensor) -> None:
         """``x wᵀ``, or the convolution."""
+        x, out = meant(product, "x", x), meant(product, "y", out)
         x, w = self._operands(product, x, w)
         for rows in self._parts(product, out, out, w):
             with self._turn():
@@ -154,17 +156,19 @@ class TorchCompute(Compute):
 
     def input_gradient(self, product: Product, g: Tensor, w: Tensor, out: Tensor) -> None:
         """``g w``, or the convolution's."""
+        g, out = meant(product, "g", g), meant(product, "dx", out)
         g, w = self._operands(product, g, w)
         for rows in self._parts(product, out, g, w):
             with self._turn():
                 if isinstance(product, Linear):
                     self._multiply(g[rows], w, out[rows])
                 else:
-                    shape_only = w.new_empty(1).expand(out[rows].shape)
+                    shape_only = torch.empty_like(out[rows], dtype=w.dtype, device=w.device)
                     out[rows].copy_(_convolve_backward(product, g[rows], shape_only, w, 0))
 
     def weight_gradient(self, product: Product, g: Tensor, x: Tensor, out: Tensor) -> None:
         """``gᵀ x``, or the convolution's."""
+        g, x = meant(product, "g", g), meant(product, "x", x)
         g, x = self._operands(product, g, x)
         for rows in self._parts(product, out, g, out):
             with self._turn():
@@ -245,7 +249,7 @@ class TorchCompute(Compute):
 
 
 def output_shape(product: Product, x: Shape, w: Shape) -> Shape:
-    """The shape of ``y``.
+    """The shape of ``y``, all as they travel.
 
     Raises:
         Refusal: The operands do not fit the product.
@@ -254,7 +258,7 @@ def output_shape(product: Product, x: Shape, w: Shape) -> Shape:
         if len(x) == 2 and len(w) == 2 and x[1] == w[1]:
             return x[0], w[0]
         raise Refusal("bad-request", f"linear product of x{list(x)} and w{list(w)}")
-    axes = len(product.stride)
+    axes, sent_x, x = len(product.stride), x, meant_shape(product, "x", x)
     fits = (
         1 <= axes == len(product.padding) == len(product.dilation) == len(x) - 2 == len(w) - 2
         and min(product.stride) > 0
@@ -268,8 +272,8 @@ def output_shape(product: Product, x: Shape, w: Shape) -> Shape:
         padded = [size + 2 * padding for size, padding in zip(x[2:], product.padding)]
         if all(size >= need for size, need in zip(padded, reach)):
             spatial = ((size - need) // stride + 1 for size, need, stride in zip(padded, reach, product.stride))
-            return x[0], w[0], *spatial
-    raise Refusal("bad-request", f"convolution of x{list(x)} and w{list(w)} with {product}")
+            return sent_shape(product, "y", (x[0], w[0], *spatial))
+    raise Refusal("bad-request", f"convolution of x{list(sent_x)} and w{list(w)} with {product}")
 
 
 def _convolve(product: Conv, x: Tensor, w: Tensor) -> Tensor:
