@@ -9,10 +9,12 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tempo.engine.geometry import output_shape
 from tempo.keys import KeySchedule
 from tempo.verify.checks import GradientCheck, InputCheck, Residual, WeightCheck
+from tempo.wire.layout import maps, meant, sent
 from tempo.wire.messages import Conv, Linear, Product
-from tempo.worker.compute import TorchCompute, output_shape
+from tempo.worker.compute import TorchCompute
 
 KEYS = KeySchedule()
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -31,11 +33,13 @@ class Exchange:
     @property
     def answers(self) -> dict[str, Tensor]:
         compute = TorchCompute(torch.device("cpu"))
-        y, dx, dw = (torch.empty(t.shape, dtype=self.x.dtype) for t in (self.g, self.x, self.w))
-        compute.forward(self.product, self.x, self.w, y)
-        compute.input_gradient(self.product, self.g, self.w, dx)
-        compute.weight_gradient(self.product, self.g, self.x, dw)
-        return {"y": y, "dx": dx, "dw": dw}
+        product, dtype = self.product, self.x.dtype
+        x, g = sent(product, "x", self.x), sent(product, "g", self.g)
+        y, dx, dw = torch.empty(g.shape, dtype=dtype), torch.empty(x.shape, dtype=dtype), torch.empty_like(self.w)
+        compute.forward(product, x, self.w, y)
+        compute.input_gradient(product, g, self.w, dx)
+        compute.weight_gradient(product, g, x, dw)
+        return {"y": meant(product, "y", y), "dx": meant(product, "dx", dx), "dw": dw}
 
     def scaled(self, x: float = 1.0, w: float = 1.0, g: float = 1.0) -> Exchange:
         return Exchange(self.product, self.x * x, self.w * w, self.g * g)
@@ -56,8 +60,9 @@ def exchange(
     product: Product, x: tuple[int, ...], w: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Exchange:
     generator = torch.Generator().manual_seed(seed)
-    operands = (torch.randn(shape, generator=generator).to(dtype) for shape in (x, w, output_shape(product, x, w)))
-    return Exchange(product, *operands)
+    shapes = (x, w, output_shape(product, x, w))
+    tx, tw, tg = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return Exchange(product, maps(product, x, dtype).copy_(tx), tw, maps(product, shapes[2], dtype).copy_(tg))
 
 
 LINEAR = (Linear(), (40, 64), (48, 64))
@@ -68,6 +73,8 @@ KINDS = {
     "conv2d": CONV2D,
     "conv3d": (Conv((1, 2, 1), (1, 0, 1), (1, 1, 1), 1), (3, 4, 4, 6, 5), (6, 4, 2, 3, 2)),
     "pointwise": (Conv((1, 1), (0, 0), (1, 1), 1), (4, 16, 5, 5), (12, 16, 1, 1)),
+    "channels last": (Conv((2, 1), (1, 1), (1, 1), 1, True), (4, 8, 9, 10), (12, 8, 3, 3)),
+    "groups, channels last": (Conv((2, 1), (1, 2), (1, 2), 2, True), *CONV2D[1:]),
     "depthwise": (Conv((1, 1), (1, 1), (1, 1), 6), (4, 6, 7, 7), (6, 1, 3, 3)),
 }
 
@@ -87,7 +94,7 @@ def exchanges(draw: st.DrawFn) -> Exchange:
     # At least one output pixel.
     room = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(dilation, kernel, padding)]
     space = [max(1, need) + draw(st.integers(0, 6)) for need in room]
-    product = Conv(tuple(stride), tuple(padding), tuple(dilation), groups)
+    product = Conv(tuple(stride), tuple(padding), tuple(dilation), groups, draw(st.booleans()))
     inputs, outputs = draw(sizes), draw(sizes)
     x = (draw(st.integers(1, 5)), groups * inputs, *space)
     return exchange(product, x, (groups * outputs, inputs, *kernel), dtype, seed)

@@ -11,12 +11,14 @@ from torch.nn import functional as F
 
 from tempo.engine.link import ACKNOWLEDGED, Link
 from tempo.errors import WorkerFailedError
+from tempo.wire.layout import meant, sent
 from tempo.wire.messages import Backward, Conv, Forward, Linear, Probe, Product, Store
 
 from .conftest import InProcess
 
 Start = Callable[..., InProcess]
 CONV2D = Conv((2, 1), (1, 2), (1, 2), 2)
+LAST = Conv((2, 1), (1, 2), (1, 2), 2, channels_last=True)
 
 
 def reference(product: Product, x: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,15 +35,17 @@ def reference(product: Product, x: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor
 
 
 def through(link: Link, product: Product, x: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, g = sent(product, "x", x), sent(product, "g", g)
     where = {"step": 0, "layer": 1, "weight": 1}
     link.request(Store(**where), {"w": w}, {})[ACKNOWLEDGED].result()
     message = Forward(**where, operand=5, product=product)
-    sent = link.empty(tuple(x.shape), x.dtype).copy_(x)
-    y = link.request(message, {"x": sent}, {"y": (tuple(g.shape), g.dtype)})["y"].result()
+    filled = link.empty(tuple(x.shape), x.dtype).copy_(x)
+    y = link.request(message, {"x": filled}, {"y": (tuple(g.shape), g.dtype)})["y"].result()
     backward = Backward(**where, operand=5, product=product)
     wants = {"dx": (tuple(x.shape), x.dtype), "dw": (tuple(w.shape), w.dtype)}
     futures = link.request(backward, {"g": g}, wants)
-    return y, futures["dx"].result(), futures["dw"].result()
+    dx = meant(product, "dx", futures["dx"].result())
+    return meant(product, "y", y), dx, futures["dw"].result()
 
 
 def operands(product: Product, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +60,9 @@ def operands(product: Product, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp", "tls"])
-@pytest.mark.parametrize("product", [Linear(), Conv((2,), (1,), (1,), 2), CONV2D], ids=["linear", "conv1d", "conv2d"])
+@pytest.mark.parametrize(
+    "product", [Linear(), Conv((2,), (1,), (1,), 2), CONV2D, LAST], ids=["linear", "conv1d", "conv2d", "last"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_products_and_gradients(start: Start, transport: str, product: Product, dtype: torch.dtype) -> None:
     link = start(tls=transport == "tls").link(transport)
