@@ -1,0 +1,154 @@
+"""Nanoseconds per element of native kernels, next to PyTorch's and to a copy of as many elements, in turn on one core.
+
+python benchmarks/kernels.py [--json FILE] [--repeats N] [NAME...]
+
+Times are of the processor, not the clock, and the least of several: other work on the machine then shows least. A new
+kernel is a function that makes its operands and a line in `KERNELS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional as F
+
+from tempo import kernels
+from tempo.bench.measure import machine
+from tempo.engine.memory import keep_heap
+from tempo.trusted.mode import TrustedMode
+
+ROWS, WIDTH = 4160, 3072  # what is between the two large layers of ViT-B/4, 64 images
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kernel on operands that are there already."""
+
+    elements: int
+    """That figures are per."""
+    native: Callable[[], object]
+    torch: Callable[[], object]
+    """The same without native kernels."""
+
+
+def both(elements: int, run: Callable[[], object]) -> Case:
+    """What chooses its kernels by itself."""
+
+    def without() -> None:
+        with kernels.using(kernels.TORCH):
+            run()
+
+    return Case(elements, run, without)
+
+
+def within(function: Callable[..., torch.Tensor], *operands: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """``function`` as a protected model runs it."""
+
+    def run() -> torch.Tensor:
+        with TrustedMode():
+            return function(*operands)
+
+    return run
+
+
+def forward(function: Callable[..., torch.Tensor], *operands: torch.Tensor) -> Case:
+    """The value alone."""
+    return both(operands[0].numel(), within(function, *operands))
+
+
+def backward(function: Callable[..., torch.Tensor], *operands: torch.Tensor) -> Case:
+    """The gradients alone."""
+    leaves = [t.requires_grad_() for t in operands]
+    outputs = [within(function, *leaves)()]
+    with kernels.using(kernels.TORCH):
+        outputs.append(within(function, *leaves)())
+    g = torch.randn_like(outputs[0])
+
+    def gradients(y: torch.Tensor) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(y, leaves, g, retain_graph=True)
+
+    return Case(operands[0].numel(), *map(gradients, outputs))
+
+
+def hidden() -> torch.Tensor:
+    """What an activation is applied to."""
+    return torch.randn(ROWS, WIDTH)
+
+
+def heads(samples: int, count: int, tokens: int, width: int) -> list[torch.Tensor]:
+    """Queries, keys and values as projections leave them."""
+    return [torch.randn(samples, tokens, count, width).transpose(1, 2) for _ in range(3)]
+
+
+def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU as in GPT-2."""
+    return F.gelu(x, approximate="tanh")
+
+
+KERNELS: dict[str, Callable[[], Case]] = {
+    "GELU": lambda: forward(F.gelu, hidden()),
+    "GELU, gradient": lambda: backward(F.gelu, hidden()),
+    "tanh-GELU": lambda: forward(tanh_gelu, hidden()),
+    "tanh-GELU, gradient": lambda: backward(tanh_gelu, hidden()),
+    "SiLU": lambda: forward(F.silu, hidden()),
+    "SiLU, gradient": lambda: backward(F.silu, hidden()),
+    "attention, 65 tokens": lambda: forward(F.scaled_dot_product_attention, *heads(64, 12, 65, 64)),
+    "attention, 65 tokens, gradient": lambda: backward(F.scaled_dot_product_attention, *heads(64, 12, 65, 64)),
+    "attention, 256 tokens": lambda: forward(F.scaled_dot_product_attention, *heads(4, 16, 256, 128)),
+    "attention, 256 tokens, gradient": lambda: backward(F.scaled_dot_product_attention, *heads(4, 16, 256, 128)),
+    "attention, 512 tokens": lambda: forward(F.scaled_dot_product_attention, *heads(2, 12, 512, 64)),
+    "attention, 512 tokens, gradient": lambda: backward(F.scaled_dot_product_attention, *heads(2, 12, 512, 64)),
+}
+
+
+def measure(case: Case, repeats: int) -> dict[str, float]:
+    """Nanoseconds per element of each way, least of ``repeats``, and of a copy."""
+    source = torch.randn(case.elements)
+    target = torch.empty_like(source)
+    ways = {"native": case.native, "torch": case.torch, "copy": lambda: target.copy_(source)}
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(repeats + 1):
+        for way, run in ways.items():
+            start = time.process_time()
+            run()
+            times[way].append(time.process_time() - start)
+    return {way: min(taken[1:]) / case.elements * 1e9 for way, taken in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="kernels whose names contain one of these; default: all"
+    )
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    keep_heap()  # as every session does
+    table = Table(
+        "kernel", "native", "PyTorch", "a copy", "native / copy", title=f"ns per element, {kernels.selected()}"
+    )
+    figures = {}
+    for name, make in KERNELS.items():
+        if options.names and not any(part in name for part in options.names):
+            continue
+        found = figures[name] = measure(make(), options.repeats)
+        ratio = found["native"] / found["copy"]
+        table.add_row(name, *(f"{found[way]:.2f}" for way in ("native", "torch", "copy")), f"{ratio:.1f}")
+    Console().print(table)
+    if options.json:
+        facts = {"machine": machine(), "kernels": kernels.selected(), "ns_per_element": figures}
+        options.json.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
