@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from tempo.errors import IdentityError, WorkerRefusedError, WorkerUnreachableError
+from tempo.errors import IdentityError, ProtocolError, WorkerRefusedError, WorkerUnreachableError
 from tempo.settings import Settings
 from tempo.wire import identity
 from tempo.wire.address import Address
-from tempo.wire.stream import SocketStream, Stream, TLSStream
+from tempo.wire.sealed import leave_tls
+from tempo.wire.stream import SocketStream, Stream
 
 
 def dial(address: Address, settings: Settings) -> tuple[Stream, str]:
@@ -27,7 +28,7 @@ def dial(address: Address, settings: Settings) -> tuple[Stream, str]:
     context = identity.load(Path(key) if key else None, Path(peers) if peers else None, server=False)
     sock = _open(address, timeout)
     try:
-        stream = TLSStream(identity.connect(sock, context, timeout), timeout)
+        tls = identity.connect(sock, context, timeout)
     except IdentityError as error:
         raise IdentityError(f"worker {address}: {error}") from error
     except OSError as error:
@@ -37,7 +38,17 @@ def dial(address: Address, settings: Settings) -> tuple[Stream, str]:
         ) from error
     finally:
         sock.close()  # nothing to close after success: the TLS socket took the descriptor over
-    return stream, f": the worker does not trust this certificate: copy {context.pub} into its peers folder"
+    try:
+        return leave_tls(tls, server=False, timeout=timeout), ""
+    except ProtocolError as error:
+        raise WorkerRefusedError(f"worker {address}: {error}") from error
+    except TimeoutError as error:
+        raise WorkerUnreachableError(f"worker {address} said nothing after the TLS handshake: {error}") from error
+    except OSError as error:  # under TLS 1.3 the client is through with the handshake before it is judged
+        raise WorkerRefusedError(
+            f"worker {address} ended the connection after the TLS handshake ({error}): "
+            f"it does not trust this certificate: copy {context.pub} into its peers folder"
+        ) from error
 
 
 def _open(address: Address, timeout: float) -> socket.socket:

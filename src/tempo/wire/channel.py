@@ -94,7 +94,6 @@ class Channel(Generic[M]):
         if count == 0:
             raise EOFError("the other end closed the connection")
         self._end += count
-        self.stream.received += count
 
     def _next(self, count: int) -> memoryview:
         """The next ``count`` bytes of prefix or header; valid until the next call."""

@@ -1,14 +1,11 @@
-"""Byte streams that two threads may use at once, one reading and one writing: plain sockets and TLS."""
+"""Byte streams that two threads may use at once, one reading and one writing. Sealed ones: `tempo.wire.sealed`."""
 
 from __future__ import annotations
 
 import array
 import os
-import select
 import socket
-import ssl
 import struct
-import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
@@ -17,18 +14,20 @@ from typing import final
 CHUNK = 1 << 20
 _DESCRIPTORS = 16
 """Most file descriptors taken from one read."""
+_SILENT = "the other end was silent for too long"
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
 
 
 class Stream(ABC):
-    """A connected socket. Takes ownership of it.
+    """A connected socket, blocking. Takes ownership of it.
 
     Attributes:
         descriptors: File descriptors that came, in order.
-        received: Bytes read so far.
+        received: Bytes that came out of the socket so far.
     """
 
     def __init__(self, sock: socket.socket, timeout: float | None) -> None:
+        sock.setblocking(True)
         self._sock = sock
         self._owner = os.getpid()
         self.descriptors: deque[int] = deque()
@@ -40,9 +39,13 @@ class Stream(ABC):
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
         self.set_timeout(timeout)
 
-    @abstractmethod
+    @final
     def set_timeout(self, timeout: float | None, sending: float | None = None) -> None:
         """Bound each wait for the other end, in seconds; None waits for ever. ``sending``: another bound for that."""
+        # The kernel's timeouts, since Python's would cost a poll before each call.
+        for option, bound in ((socket.SO_RCVTIMEO, timeout), (socket.SO_SNDTIMEO, sending or timeout)):
+            seconds = bound or 0.0
+            self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6)))
 
     @abstractmethod
     def read_some(self, view: memoryview) -> int:
@@ -50,6 +53,25 @@ class Stream(ABC):
 
     @abstractmethod
     def _write_some(self, buffers: list[memoryview], descriptor: int | None) -> int: ...
+
+    @final
+    def _receive(self, view: memoryview) -> int:
+        """At least one byte out of the socket; 0 if the other end closed."""
+        try:
+            count = self._sock.recv_into(view)
+        except BlockingIOError:
+            raise TimeoutError(_SILENT) from None
+        self.received += count
+        return count
+
+    @final
+    def _send(self, buffers: Sequence[memoryview], descriptor: int | None = None) -> int:
+        """At least one byte into the socket."""
+        extras = [] if descriptor is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+        try:
+            return self._sock.sendmsg(buffers, extras)
+        except BlockingIOError:
+            raise TimeoutError("the other end did not read for too long") from None
 
     @final
     def read(self, view: memoryview) -> None:
@@ -65,7 +87,6 @@ class Stream(ABC):
             if count == 0:
                 raise EOFError("the other end closed the connection in the middle of it")
             done += count
-            self.received += count
 
     @final
     def write(self, buffers: Sequence[memoryview], descriptor: int | None = None) -> None:
@@ -84,8 +105,7 @@ class Stream(ABC):
         """End the connection and wake whoever waits on it. Does nothing in a forked child: it is the parent's."""
         if os.getpid() == self._owner:
             try:
-                # The plain socket's: SSLSocket.shutdown would drop the TLS state that another thread may be using.
-                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+                self._sock.shutdown(socket.SHUT_RDWR)
             except OSError:
                 return  # already gone
 
@@ -98,30 +118,24 @@ class Stream(ABC):
 
 @final
 class SocketStream(Stream):
-    """A plain TCP or Unix socket, blocking."""
+    """A plain TCP or Unix socket."""
 
     def __init__(self, sock: socket.socket, timeout: float | None = None, *, descriptors: bool = False) -> None:
-        sock.setblocking(True)
         super().__init__(sock, timeout)
         self.is_unix = sock.family == socket.AF_UNIX
         self._accepts_descriptors = descriptors
 
-    def set_timeout(self, timeout: float | None, sending: float | None = None) -> None:
-        """As in `Stream`: the kernel's timeouts, since Python's would cost a poll before each call."""
-        for option, bound in ((socket.SO_RCVTIMEO, timeout), (socket.SO_SNDTIMEO, sending or timeout)):
-            seconds = bound or 0.0
-            self._sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6)))
-
     def read_some(self, view: memoryview) -> int:
         """As in `Stream`; file descriptors that came along are appended to ``descriptors`` if welcome."""
+        if not self._accepts_descriptors:
+            return self._receive(view)
         try:
-            if not self._accepts_descriptors:
-                return self._sock.recv_into(view)
             count, extras, _, _ = self._sock.recvmsg_into(
                 [view], socket.CMSG_SPACE(_DESCRIPTORS * 4), socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
-            raise TimeoutError("the other end was silent for too long") from None
+            raise TimeoutError(_SILENT) from None
+        self.received += count
         for level, kind, data in extras:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 received = array.array("i")
@@ -130,58 +144,4 @@ class SocketStream(Stream):
         return count
 
     def _write_some(self, buffers: list[memoryview], descriptor: int | None) -> int:
-        extras = [] if descriptor is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
-        try:
-            return self._sock.sendmsg(buffers, extras)
-        except BlockingIOError:
-            raise TimeoutError("the other end did not read for too long") from None
-
-
-@final
-class TLSStream(Stream):
-    """A TLS socket after its handshake, non-blocking: try first, wait only when told to.
-
-    An SSL object must not be used by two threads at once, so a lock guards each single call; no call blocks, and
-    nobody waits while holding the lock.
-    """
-
-    def __init__(self, sock: ssl.SSLSocket, timeout: float | None = None) -> None:
-        sock.setblocking(False)
-        super().__init__(sock, timeout)
-        self._tls = sock
-        self._lock = threading.Lock()
-
-    def set_timeout(self, timeout: float | None, sending: float | None = None) -> None:
-        """As in `Stream`."""
-        self._receiving, self._sending = (
-            None if bound is None else max(1, int(bound * 1000)) for bound in (timeout, sending or timeout)
-        )
-
-    def read_some(self, view: memoryview) -> int:
-        """As in `Stream`; at most one TLS record at a time."""
-        while True:
-            try:
-                with self._lock:
-                    return self._tls.recv_into(view)
-            except ssl.SSLWantReadError:
-                events = select.POLLIN
-            except ssl.SSLWantWriteError:
-                events = select.POLLOUT
-            self._wait(events, self._receiving)
-
-    def _write_some(self, buffers: list[memoryview], descriptor: int | None) -> int:
-        while True:
-            try:
-                with self._lock:
-                    return self._tls.send(buffers[0][:CHUNK])
-            except ssl.SSLWantWriteError:
-                events = select.POLLOUT
-            except ssl.SSLWantReadError:
-                events = select.POLLIN
-            self._wait(events, self._sending)
-
-    def _wait(self, events: int, milliseconds: int | None) -> None:
-        poll = select.poll()
-        poll.register(self._sock, events)
-        if not poll.poll(milliseconds):
-            raise TimeoutError("the other end was silent for too long")
+        return self._send(buffers, descriptor)

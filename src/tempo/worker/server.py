@@ -14,10 +14,11 @@ from typing import final
 
 import torch
 
-from tempo.errors import IdentityError, SettingsError, WorkerFailedError
+from tempo.errors import IdentityError, ProtocolError, SettingsError, WorkerFailedError
 from tempo.wire import identity
 from tempo.wire.address import Address
-from tempo.wire.stream import SocketStream, Stream, TLSStream
+from tempo.wire.sealed import leave_tls
+from tempo.wire.stream import SocketStream, Stream
 from tempo.worker.budget import Budget, human, parse_size
 from tempo.worker.compute import Compute, TorchCompute
 from tempo.worker.door import CONNECTION_LIMIT, Door
@@ -139,9 +140,9 @@ class Server:
             if sock.family == socket.AF_UNIX or self._options.insecure_no_tls:
                 stream: Stream = _plain(sock)
             else:
-                stream = TLSStream(identity.accept(sock, self._context(), HANDSHAKE_TIMEOUT))
+                stream = leave_tls(identity.accept(sock, self._context(), HANDSHAKE_TIMEOUT), server=True)
             self._run(stream, peer, partial(self._door.greeted, sock))
-        except (IdentityError, OSError) as error:
+        except (IdentityError, ProtocolError, OSError) as error:
             log.warning("%s: refused: %s", peer, error)
             sock.close()
         except Exception:
