@@ -33,8 +33,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     offload: tuple[str, ...] = ()
     """Layers that ``auto`` may send in spite of what they see, the first or the last say; ``trusted`` wins."""
 
-    wire_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What masked tensors travel as; ``auto`` follows the layer's compute dtype (float16 travels as float32)."""
+    wire_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """What masked tensors travel as; ``auto`` follows the layer's compute dtype (float16 travels as float32). ``int8``:
+    operands in 8 bits with a scale for every 32 elements, answers in bfloat16."""
 
     verify: Annotated[str, Meta(pattern=r"^(off|always|sample:(0(\.[0-9]+)?|1(\.0+)?))$")] = "always"
     """Which answers of workers are checked: ``always`` all; ``sample:P`` a share P, which finds faults and no liar;

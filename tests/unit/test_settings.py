@@ -45,7 +45,7 @@ def test_a_name_like_no_other_lists_them_all():
     ("field", "value"),
     [
         ("placement", "some"),
-        ("wire_dtype", "int8"),
+        ("wire_dtype", "int4"),
         ("rekey_rows", 0),
         ("local_workers", 65),
         ("local_workers", "two"),

@@ -26,7 +26,7 @@ def bench(
     ] = None,
     placement: Annotated[str, typer.Option(help="auto: what pays goes out; all: all that can.")] = "all",
     update: Annotated[str, typer.Option(help="Where weights are updated: trusted, worker or auto.")] = "trusted",
-    wire_dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    wire_dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or int8.")] = "auto",
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each kind, at least.")] = 5,
     json: Annotated[Path | None, typer.Option(help="Write the figures here; - for standard output.")] = None,
 ) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tempo.engine.dtypes import answer_dtype
 from tempo.engine.geometry import flops, output_shape
 from tempo.errors import WorkerError
 from tempo.schemes.base import EncodedGradient, EncodedInput, Operand, Recall, Target
@@ -126,7 +127,8 @@ class Call:
         batch = engine.batch(self.product)
         for operand in self.encoded.operands:
             shape_x, shape_w = self.shapes_x[operand.worker], self.stored.shapes_w[operand.worker]
-            wants = {"y": (output_shape(kind, shape_x, shape_w), operand.tensors["x"].dtype)}
+            dtype = answer_dtype(engine.settings.wire_dtype, operand.tensors["x"].dtype)
+            wants = {"y": (output_shape(kind, shape_x, shape_w), dtype)}
             check = self.checks.get(operand.worker)
             fields: dict[str, Any] = {"weight": self.stored.number, "operand": self.operand, "product": kind}
             batch.post(operand, Forward, wants, {"y": check.output_check()} if check else None, **fields)
@@ -282,7 +284,7 @@ class Call:
         )
         batch = engine.batch(self.product)
         for operand in encoded.operands:
-            dtype = operand.tensors["g"].dtype
+            dtype = answer_dtype(engine.settings.wire_dtype, operand.tensors["g"].dtype)
             shape_x, shape_w = self.shapes_x[operand.worker], self.stored.shapes_w[operand.worker]
             wants = {}
             if want_dx:

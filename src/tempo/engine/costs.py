@@ -12,7 +12,7 @@ from typing import Final, Protocol, final
 import torch
 from torch import Tensor
 
-from tempo.engine.dtypes import on_the_wire
+from tempo.engine.dtypes import masked_dtype
 from tempo.engine.geometry import Shape, flops, output_shape
 from tempo.keys import KeySchedule
 from tempo.schemes import arithmetic
@@ -107,10 +107,10 @@ class MeasuredCosts:
             least = (scheme, dtype)
             if least not in self._tiny:
                 side = getattr(scheme, "block", 1)
-                problem = Problem(Linear(), on_the_wire(self._wire_dtype, dtype))
+                problem = Problem(Linear(), masked_dtype(self._wire_dtype, dtype))
                 took, _ = _least(_Run(scheme, problem, dtype, (1, side), (side, side), targets, keys))
                 self._tiny[least] = {name: took[name] + took[f"check {name}"] for name in _NAMES}
-            problem = Problem(product, on_the_wire(self._wire_dtype, dtype))
+            problem = Problem(product, masked_dtype(self._wire_dtype, dtype))
             took, run = _least(_Run(scheme, problem, dtype, x, w, targets, keys))
         call = self._tiny[least]
         masked = {name: took[name] + took[f"check {name}"] for name in _NAMES}

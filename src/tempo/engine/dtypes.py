@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
-WIRE_DTYPES = {
+WIRE_DTYPES: Final[dict[torch.dtype, torch.dtype]] = {
     torch.float64: torch.float64,
     torch.float32: torch.float32,
     torch.bfloat16: torch.bfloat16,
@@ -14,10 +16,20 @@ WIRE_DTYPES = {
 }
 
 
-def on_the_wire(setting: str, dtype: torch.dtype) -> torch.dtype:
-    """What operands of a product computed in ``dtype`` travel in, by the setting ``wire_dtype``."""
-    found: torch.dtype = WIRE_DTYPES[dtype] if setting == "auto" else getattr(torch, setting)
-    return found
+def masked_dtype(setting: str, dtype: torch.dtype) -> torch.dtype:
+    """What operands of a product computed in ``dtype`` are masked in, under the setting ``wire_dtype``."""
+    if setting == "int8":  # `Link` packs float32, and nothing else
+        return torch.float64 if dtype == torch.float64 else torch.float32
+    return WIRE_DTYPES[dtype] if setting == "auto" else getattr(torch, setting)
+
+
+def answer_dtype(setting: str, masked: torch.dtype) -> torch.dtype:
+    """What its answers travel in.
+
+    Where operands are packed into 8 bits, answers come in bfloat16: what is tolerated of an honest worker is what its
+    rounding may do, and rounding to 8 bits would let lies pass that are six times as large (docs/wire.md).
+    """
+    return torch.bfloat16 if setting == "int8" and masked == torch.float32 else masked
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

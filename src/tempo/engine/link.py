@@ -37,6 +37,7 @@ from tempo.errors import (
 )
 from tempo.settings import Settings
 from tempo.wire.address import Address
+from tempo.wire.blocks import pack, packed_size
 from tempo.wire.channel import Channel
 from tempo.wire.frame import TO_TRUSTED
 from tempo.wire.memory import Block, BlockPool, PrivatePool
@@ -56,7 +57,7 @@ from tempo.wire.messages import (
 )
 from tempo.wire.shared import Segments, SharedPool
 from tempo.wire.stream import SocketStream, Stream
-from tempo.wire.tensors import NAMES, raw, size_of
+from tempo.wire.tensors import NAMES, PACKED, raw, size_of
 
 Shape: TypeAlias = tuple[int, ...]
 ACKNOWLEDGED: Final = ""
@@ -132,7 +133,8 @@ class Link:
         self._outgoing: BlockPool = SharedPool(self._segments, answers=False) if self._shared else PrivatePool()
         self._incoming: BlockPool = SharedPool(self._segments, answers=True) if self._shared else PrivatePool()
         self._private = PrivatePool()
-        self._lent: dict[int, Block] = {}  # send buffers by address
+        self._packs = settings.wire_dtype == "int8"
+        self._lent: dict[int, tuple[BlockPool, Block]] = {}  # send buffers by address
         self._replies: dict[int, tuple[BlockPool, Block]] = {}  # replies by address
         self._receiver = threading.Thread(target=self._receive_all, name=f"tempo {address}", daemon=True)
         self._receiver.start()
@@ -166,8 +168,9 @@ class Link:
         """A send buffer. Write to it once, nothing but what the worker may see, and pass it to `request`."""
         if 0 in shape:
             return torch.empty(shape, dtype=dtype)
-        block, tensor = _take(self._outgoing, shape, dtype)
-        self._lent[tensor.data_ptr()] = block
+        pool = self._private if self._packs and dtype == torch.float32 else self._outgoing
+        block, tensor = _take(pool, shape, dtype)
+        self._lent[tensor.data_ptr()] = pool, block
         return tensor
 
     def request(
@@ -181,7 +184,8 @@ class Link:
 
         Args:
             message: The request; its id and references are filled in here.
-            tensors: Operands by name. Those from `empty` are used in place and taken over; others are copied.
+            tensors: Operands by name. Those from `empty` are used in place and taken over; others are copied. Under
+                the setting ``wire_dtype="int8"`` those of float32 are packed.
             wants: Shape and dtype of each answer by name.
             exchange: Notes what is sent and what comes, before futures resolve.
 
@@ -189,8 +193,8 @@ class Link:
             Futures by name, or one under `ACKNOWLEDGED` if nothing is wanted. They fail with a `WorkerError`.
             Their callbacks run on the link's thread.
         """
-        operands = {name: self._place_operand(tensor) for name, tensor in tensors.items()}
-        refs = tuple(_reference(name, block, tensor) for name, (block, tensor) in operands.items())
+        operands = {name: self._place_operand(name, tensor) for name, tensor in tensors.items()}
+        refs = tuple(ref for ref, _, _ in operands.values())
         due: dict[str, _Want] = {}
         for name, (shape, dtype) in wants.items():
             block, tensor = _take(self._incoming, shape, dtype)
@@ -198,8 +202,8 @@ class Link:
             due[name].future.set_running_or_notify_cancel()
         futures = {name: want.future for name, want in due.items()}
         acknowledged: Future[None] | None = None if due else Future()
-        sent = [block for block, _ in operands.values()]
-        payload = [] if self._shared else [raw(tensor) for _, tensor in operands.values()]
+        sent = [block for _, block, _ in operands.values()]
+        payload = [] if self._shared else [raw(tensor) for _, _, tensor in operands.values()]
         with self._lock:
             self.last_id = next(_IDS)
             message = msgspec.structs.replace(
@@ -225,7 +229,8 @@ class Link:
             pool, block = reply
             pool.give(block)
         elif lent := self._lent.pop(tensor.data_ptr(), None):
-            self._outgoing.give(lent)
+            pool, block = lent
+            pool.give(block)
 
     def forget(self, weights: Iterable[int] = (), operands: Iterable[int] = (), gradients: Iterable[int] = ()) -> None:
         """Let the worker drop these, before the next request. Only takes note, so finalizers may call it."""
@@ -255,15 +260,22 @@ class Link:
 
     # --- sending ---
 
-    def _place_operand(self, tensor: Tensor) -> tuple[Block, Tensor]:
-        lent = self._lent.pop(tensor.data_ptr(), None)
-        if lent is not None and tensor.is_contiguous():
-            return lent, tensor
-        block, copy = _take(self._outgoing, tuple(tensor.shape), tensor.dtype)
-        copy.copy_(tensor.detach())
-        if lent is not None:
-            self._outgoing.give(lent)
-        return block, copy
+    def _place_operand(self, name: str, tensor: Tensor) -> tuple[TensorRef, Block, Tensor]:
+        """What names an operand, where it lies, and its bytes."""
+        pool, block = self._lent.pop(tensor.data_ptr(), (None, None))
+        if pool is self._outgoing and block is not None and tensor.is_contiguous():
+            return _reference(name, block, tensor), block, tensor
+        if self._packs and tensor.dtype == torch.float32:
+            place, copy = _take(self._outgoing, (packed_size(tuple(tensor.shape)),), torch.uint8)
+            pack(tensor.detach().contiguous(), copy)
+            ref = TensorRef(name, PACKED, tuple(tensor.shape), place.segment, place.offset)
+        else:
+            place, copy = _take(self._outgoing, tuple(tensor.shape), tensor.dtype)
+            copy.copy_(tensor.detach())
+            ref = _reference(name, place, copy)
+        if pool is not None and block is not None:
+            pool.give(block)
+        return ref, place, copy
 
     def _send(self, pending: _Pending, payload: list[memoryview]) -> None:
         message = pending.request

@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from tempo.engine.costs import Costs, MeasuredCosts
-from tempo.engine.dtypes import on_the_wire
+from tempo.engine.dtypes import masked_dtype
 from tempo.engine.geometry import flops, output_shape
 from tempo.engine.link import Link
 from tempo.engine.verifier import Verifier
@@ -136,7 +136,7 @@ class Planner:
         mask, check = rates.seconds(up | down, self._checked)
         if want_dw:  # what added rows contribute to the weight gradient is computed here, and taken off
             mask += one_pass * (filled - 1) * rates.flop
-        size = on_the_wire(self._wire_dtype, dtype).itemsize
+        size = masked_dtype(self._wire_dtype, dtype).itemsize
         upload = sum(m.upload_bytes_per_s for m in self.measurements)
         download = sum(m.download_bytes_per_s for m in self.measurements)
         trips = 1 + (want_dx or want_dw)
@@ -170,7 +170,7 @@ class Planner:
     ) -> tuple[float, float]:
         """Seconds that perfect overlap would hide, and those that each part but the first costs."""
         rates = self._costs.rates(scheme, Linear(), x, w, dtype)
-        size = on_the_wire(self._wire_dtype, dtype).itemsize
+        size = masked_dtype(self._wire_dtype, dtype).itemsize
         upload = sum(m.upload_bytes_per_s for m in self.measurements)
         download = sum(m.download_bytes_per_s for m in self.measurements)
         one_pass = flops(Linear(), x, w) / sum(m.flops_per_s for m in self.measurements)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tempo.engine.away import residence_of
 from tempo.engine.call import Call, Gradients
-from tempo.engine.dtypes import on_the_wire
+from tempo.engine.dtypes import answer_dtype, masked_dtype
 from tempo.engine.fingerprint import Fingerprint
 from tempo.engine.geometry import flops
 from tempo.engine.parts import CallInParts
@@ -55,7 +55,7 @@ class Product:
 
     def problem(self, dtype: torch.dtype) -> Problem:
         """This product, for the scheme, computed in ``dtype``."""
-        return Problem(self.kind, on_the_wire(self.engine.settings.wire_dtype, dtype))
+        return Problem(self.kind, masked_dtype(self.engine.settings.wire_dtype, dtype))
 
     def maps(self, worker: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A send buffer of that worker's link for ``X`` or ``G``, with axes in the order in which they travel."""
@@ -184,7 +184,9 @@ class Product:
                 residence.recall()
         if not keep or self.trusted_updates or not isinstance(self.kind, Linear) or not whole:
             return None
-        same = {x.dtype, self.problem(x.dtype).wire_dtype, *(w.dtype for w in weights)} == {x.dtype}
+        masked = self.problem(x.dtype).wire_dtype
+        travels = answer_dtype(engine.settings.wire_dtype, masked)
+        same = {x.dtype, masked, travels, *(w.dtype for w in weights)} == {x.dtype}
         terms = engine.terms(weights) if same else None
         if terms is None or not self._pays(terms, x, weights):
             return None

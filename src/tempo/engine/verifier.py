@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from tempo.errors import WorkerLiedError
 from tempo.schemes.base import Operand
 from tempo.verify.checks import GradientCheck, InputCheck, Residual, WeightCheck
 from tempo.verify.sketch import Sketch
+from tempo.wire.blocks import snap_
+from tempo.wire.layout import is_last
 
 if TYPE_CHECKING:
+    from tempo.engine.engine import Engine
     from tempo.engine.product import Product
 
 _WHAT = {"y": "output", "dx": "input gradient", "dw": "weight gradient", "w": "weight"}
@@ -42,7 +46,9 @@ class Verifier:
         engine = product.engine
         with engine.stats.timed("verify", "w", product.name):
             fresh = partial(engine.keys.fresh, product.number, "verify-w")
-            return {o.worker: WeightCheck(product.kind, o.tensors["w"], fresh()) for o in operands}
+            return {
+                o.worker: WeightCheck(product.kind, _as_it_arrives(engine, o.tensors["w"]), fresh()) for o in operands
+            }
 
     def inputs(
         self,
@@ -60,7 +66,10 @@ class Verifier:
         with engine.stats.timed("verify", "x", product.name):
             return {
                 o.worker: weights[o.worker].forward(
-                    o.tensors["x"], engine.keys.fresh(product.number, "verify-x"), keep=keep, want_y=want_y
+                    _as_it_arrives(engine, o.tensors["x"]),
+                    engine.keys.fresh(product.number, "verify-x"),
+                    keep=keep,
+                    want_y=want_y,
                 )
                 for o in operands
             }
@@ -79,7 +88,10 @@ class Verifier:
             return {}
         with product.engine.stats.timed("verify", "g", product.name):
             return {
-                o.worker: inputs[o.worker].backward(o.tensors["g"], want_dx=want_dx, want_dw=want_dw) for o in operands
+                o.worker: inputs[o.worker].backward(
+                    _as_it_arrives(product.engine, o.tensors["g"]), want_dx=want_dx, want_dw=want_dw
+                )
+                for o in operands
             }
 
     def judge_norm(self, address: str, step: int, norm: float, sketch: Sketch) -> None:
@@ -97,3 +109,11 @@ class Verifier:
                 f"row {residual.row} is off by {residual.ratio:.3g} times its tolerance "
                 f"(residual {residual.residual:.3g}, tolerance {residual.tolerance:.3g}); the answer was not used"
             )
+
+
+def _as_it_arrives(engine: Engine, operand: Tensor) -> Tensor:
+    """Rounded as it will be on its way, so that checks are of what workers multiply. Packing rounds no further."""
+    packed = engine.settings.wire_dtype == "int8" and operand.dtype == torch.float32
+    if packed:
+        snap_(operand.movedim(1, -1) if is_last(operand) else operand)  # in place, in the order in which it travels
+    return operand

@@ -7,12 +7,17 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Self
+
 import torch
 
+from tempo.errors import ProtectionWarning
 from tempo.keys import Key
 from tempo.schemes.base import Traits
 from tempo.schemes.masks import Mask, draw
 from tempo.schemes.single import SingleMaskScheme
+from tempo.settings import Settings
 
 
 class Tempo(SingleMaskScheme):
@@ -36,6 +41,18 @@ class Tempo(SingleMaskScheme):
 
     def __init__(self, max_scale: int = 255) -> None:
         self.max_scale = max_scale
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """The paper's scales, with a word about eight bits: they differ by as much within a block."""
+        if settings.wire_dtype == "int8" and cls is Tempo:
+            warnings.warn(
+                "scheme 'tempo' with wire_dtype='int8': scales of features, up to 255, take the bits of numbers, "
+                "and products are off by a tenth or more; use scheme 'mix' or 'tempo-signed', or wire_dtype='bfloat16'",
+                ProtectionWarning,
+                stacklevel=4,
+            )
+        return cls()
 
     def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
         """``(c_n, π_n)`` and ``(c_p, π_p)``; with groups, channels move within groups and groups among themselves."""

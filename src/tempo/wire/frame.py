@@ -15,7 +15,7 @@ import msgspec
 from tempo.errors import ProtocolError
 from tempo.wire.memory import ALIGNMENT
 from tempo.wire.messages import TensorRef, ToTrusted, ToWorker
-from tempo.wire.tensors import size_of
+from tempo.wire.tensors import PACKED, size_of
 
 MAGIC: Final = b"TMP1"
 PREFIX: Final = struct.Struct("<4sIQ")
@@ -76,6 +76,8 @@ def decode(
             raise ProtocolError(f"{type(message).__name__} names a tensor twice")
         for ref in refs:
             _check(ref, segment_size)
+    if any(ref.dtype == PACKED for ref in wants):
+        raise ProtocolError(f"{type(message).__name__} wants an answer as {PACKED}, in which only operands travel")
     expected = sum(size_of(ref) for ref in tensors if ref.segment < 0)
     if expected != payload:
         raise ProtocolError(f"{type(message).__name__} with {payload} bytes of payload, its tensors have {expected}")

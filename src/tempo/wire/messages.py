@@ -15,7 +15,9 @@ from msgspec import Meta
 PROTOCOL = 4
 """Version of everything in this file; a hello with another one is refused."""
 
-DType = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"]
+DType = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "mxint8"]
+"""Names of PyTorch's, and ``mxint8``: operands only, packed as in `tempo.wire.blocks`."""
+
 Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Size = Annotated[int, Meta(ge=0, le=1 << 40)]
 Shape = Annotated[tuple[Size, ...], Meta(max_length=6)]

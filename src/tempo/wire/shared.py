@@ -23,7 +23,7 @@ from torch import Tensor
 from tempo.errors import ProtocolError
 from tempo.wire.memory import Block, BlockPool, tensor_at
 from tempo.wire.messages import TensorRef
-from tempo.wire.tensors import DTYPES
+from tempo.wire.tensors import layout_of
 
 SEGMENT = 64 << 20
 """Least size of a new segment."""
@@ -161,4 +161,4 @@ class MappedSegments:
 
     def tensor(self, ref: TensorRef) -> Tensor:
         """The tensor that a checked reference points to."""
-        return tensor_at(self._memory[ref.segment], ref.offset, ref.shape, DTYPES[ref.dtype])
+        return tensor_at(self._memory[ref.segment], ref.offset, *layout_of(ref))

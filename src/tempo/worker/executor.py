@@ -14,6 +14,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from tempo.wire.blocks import unpack
 from tempo.wire.channel import Channel
 from tempo.wire.messages import (
     Backward,
@@ -32,7 +33,7 @@ from tempo.wire.messages import (
     Update,
 )
 from tempo.wire.shared import MappedSegments
-from tempo.wire.tensors import DTYPES, raw, size_of
+from tempo.wire.tensors import DTYPES, PACKED, raw, size_of
 from tempo.worker.budget import Account
 from tempo.worker.compute import Compute, Incoming, output_shape
 from tempo.worker.device import Mark
@@ -120,6 +121,9 @@ class Executor:
 
     def _answer(self, message: Request, incoming: dict[str, Incoming]) -> None:
         started, device = time.perf_counter_ns(), self._compute.device
+        for ref in message.tensors:
+            if ref.dtype == PACKED:
+                self._unpack(ref, incoming)
         plan = self._plan(message, incoming)
         at_once = self._transcript is None and plan.change is None
         with ExitStack() as blocks:
@@ -168,6 +172,14 @@ class Executor:
                 self._channel.send(Result(message.id, taken // len(answers), (answer.ref,)), payload)
             if not answers:
                 self._channel.send(Result(message.id, taken, ()), [])
+
+    def _unpack(self, ref: TensorRef, incoming: dict[str, Incoming]) -> None:
+        packed = incoming[ref.name]
+        block = self._account.pool.take(4 * math.prod(ref.shape))
+        incoming[ref.name] = Incoming(block.tensor(ref.shape, torch.float32), block)
+        unpack(packed.tensor, incoming[ref.name].tensor)
+        if packed.block is not None:
+            self._account.pool.give(packed.block)
 
     def _destination(self, ref: TensorRef, blocks: ExitStack) -> Tensor:
         if ref.segment >= 0 and self._segments is not None:

@@ -17,7 +17,7 @@ from tempo.wire.frame import TO_WORKER, inline
 from tempo.wire.messages import BEAT, PROTOCOL, Alive, Failure, Forget, Hello, Segment, TensorRef, ToWorker, Welcome
 from tempo.wire.shared import MappedSegments
 from tempo.wire.stream import SocketStream, Stream
-from tempo.wire.tensors import DTYPES, raw, size_of
+from tempo.wire.tensors import layout_of, raw, size_of
 from tempo.worker.budget import Budget
 from tempo.worker.compute import Compute, Incoming
 from tempo.worker.executor import Executor
@@ -151,7 +151,7 @@ class Session:
         if ref.segment >= 0 and self._segments is not None:
             return Incoming(self._segments.tensor(ref))
         block = self._account.pool.take(size_of(ref))
-        return Incoming(block.tensor(ref.shape, DTYPES[ref.dtype]), block)
+        return Incoming(block.tensor(*layout_of(ref)), block)
 
     def _say_goodbye(self, why: str) -> None:
         self._channel.stream.set_timeout(1.0)
