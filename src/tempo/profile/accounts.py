@@ -18,6 +18,7 @@ GROUPS: Final = {
     "wire": "wire",
     "worker": "waiting for workers",
     "engine": "engine",
+    "plan": "engine",
     "module": "trusted layers",
     "gradient": "trusted layers",
     **dict.fromkeys(PHASES, "loss, optimizer, data"),

@@ -41,7 +41,7 @@ class Interval:
     start: int
     end: int
     kind: str
-    """``mask``, ``verify``, ``wire``, ``wait``, ``module``, ``gradient`` (the backward pass of a
+    """``mask``, ``verify``, ``plan``, ``wire``, ``wait``, ``module``, ``gradient`` (the backward pass of a
     module), ``engine``, one of `PHASES`, or ``op``."""
 
     what: str = ""
