@@ -44,6 +44,12 @@ def kernels() -> dict[str, tuple[Call, int]]:
     x, y = floats(ROWS, COLUMNS), floats(ROWS, COLUMNS)
     half = Half(x)
     size = x.size
+    v, q = floats(4, COLUMNS), floats(4, ROWS)
+    of_rows, of_columns = (floats(4, ROWS), np.zeros(ROWS)), (floats(4, COLUMNS), np.zeros(COLUMNS))
+    heads = [floats(2, 4, 65, 64) for _ in range(8)]
+    lse = floats(2, 4, 65)
+    triangles, squares = np.random.default_rng(0).standard_normal((16, 32 * 33 // 2)), np.zeros((16, 32, 32))
+    uniform = np.random.default_rng(0).integers(1 << 63, size=1 << 13).view(np.float64)
     return {
         "permute": (sandwich(x, y, permuted(ROWS), permuted(COLUMNS)), size),
         "permute, to bfloat16": (sandwich(x, half, permuted(ROWS), permuted(COLUMNS)), size),
@@ -51,6 +57,20 @@ def kernels() -> dict[str, tuple[Call, int]]:
         "blocks of 16 on both sides": (sandwich(x, y, blocks(ROWS, 16), blocks(COLUMNS, 16)), size),
         "blocks of 32 on both sides": (sandwich(x, y, blocks(ROWS, 32), blocks(COLUMNS, 32)), size),
         "two rounds of 32 on both sides": (sandwich(x, y, blocks(ROWS, 32, 2), blocks(COLUMNS, 32, 2)), size),
+        "blocks of 32, checked": (sandwich(x, y, blocks(ROWS, 32), blocks(COLUMNS, 32), (v, *of_rows)), size),
+        "sums of rows, copying": ((native.sums, (x, y, v, *of_rows)), size),
+        "sums of rows and columns": ((native.sums, (x, None, v, *of_rows, q, *of_columns)), size),
+        "sums of rows and columns, bfloat16": ((native.sums, (half, None, v, *of_rows, q, *of_columns)), size),
+        "GELU": ((native.activation, ("gelu", x, None, y)), size),
+        "GELU, gradient": ((native.activation, ("gelu", x, x, y)), size),
+        "SiLU, gradient": ((native.activation, ("silu", x, x, y)), size),
+        "attention": ((native.attention, (*heads[:4], lse, 0.125, False)), lse.size * 64),
+        "attention, gradient": (
+            (native.attention_gradient, (*heads[:5], lse, *heads[5:], 0.125, False)),
+            lse.size * 64,
+        ),
+        "Gaussian numbers": ((native.gaussians, (uniform,)), uniform.size),
+        "orthogonal blocks of 32": ((native.orthogonal, (triangles, squares)), squares.size),
     }
 
 
@@ -71,11 +91,11 @@ def blocks(size: int, side: int, rounds: int = 1) -> tuple[Any, ...]:
     return order, None, [[floats(size // side, side, side)] for _ in range(rounds)]
 
 
-def sandwich(x: Any, y: Any, rows: Any, columns: Any) -> Call:
-    """A mask from ``x`` to ``y``."""
+def sandwich(x: Any, y: Any, rows: Any, columns: Any, watch: Any = None) -> Call:
+    """A mask from ``x`` to ``y``; ``watch`` is what `Watch` has."""
     from tempo import _kernels as native
 
-    return native.sandwich, (x[None], rows, columns, [y[None]], 0, [None])
+    return native.sandwich, (x[None], rows, columns, [y[None]], 0, [None], watch)
 
 
 class Half:
