@@ -21,6 +21,7 @@ from tempo import schemes
 from tempo.engine.dtypes import answer_dtype, masked_dtype
 from tempo.keys import KeySchedule
 from tempo.schemes.base import Operand, Problem, Target
+from tempo.schemes.reply import Passed
 from tempo.wire.blocks import snap_
 from tempo.wire.messages import Linear
 
@@ -41,8 +42,8 @@ def errors(name: str, setting: str, x: Tensor, w: Tensor, g: Tensor) -> dict[str
         tensor = operand.tensors[what]
         return (snap_(tensor) if setting == "int8" else tensor).float()
 
-    def answer(product: Tensor) -> dict[int, Tensor]:
-        return {0: product.to(answer_dtype(setting, masked))}
+    def answer(product: Tensor) -> dict[int, Passed]:
+        return {0: Passed(product.to(answer_dtype(setting, masked)))}
 
     weight = scheme.encode_weight(Problem(Linear(), masked), w, keys.fresh(1, "w"), target, empty)
     source = weight.encode_input(x, keys.fresh(1, "x"), target, empty, lambda: w)
