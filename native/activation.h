@@ -114,7 +114,7 @@ inline void put_first(float *to, Vector v, int64_t n) {
 
 template <Activation kind, bool streaming>
 void activate_as(const float *x, float *y, int64_t size) {
-    for_vectors(y, size, [=](int64_t i, int64_t n) {
+    for_vectors(y, size, [=](int64_t i, int64_t n) __attribute__((always_inline)) {
         const Vector v = load_first(x + i, n);
         put_first<streaming>(y + i, v * step<kind>(v).value, n);
     });
