@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import inf, prod
+from math import inf, isfinite, prod
 from typing import Final
 
 import torch
@@ -271,15 +271,24 @@ def _judge(
     return _compare(expected, read.sums(lengths=True), scale, rounding, drifted)
 
 
+def _place(number: int, shape: torch.Size) -> tuple[int, ...]:
+    """The indices of element ``number``."""
+    place: list[int] = []
+    for size in reversed(shape):
+        number, index = divmod(number, size)
+        place.insert(0, index)
+    return tuple(place)
+
+
 def _compare(expected: Tensor, found: Sums, scale: Tensor, rounding: Rounding, drifted: Tensor | None) -> Residual:
     residual = (found.sums - expected).double().square_().sum(-2).sqrt_()
     if residual.numel() == 0:
         return Residual()
     tolerance = threshold(expected.shape[-2]) * rounding.error_norm(scale, found.lengths, drifted)
     ratio = residual / tolerance
-    lost = ~(torch.isfinite(residual) & torch.isfinite(tolerance))
     unchecked = 0
-    if bool(lost.any()):
+    if not isfinite(float(residual.sum()) + float(tolerance.sum())):
+        lost = ~(torch.isfinite(residual) & torch.isfinite(tolerance))
         # No element exceeds the scale, and no sum by more than Gaussians ever make of it: then all has to be finite.
         limit = min(torch.finfo(rounding.through).max, torch.finfo(rounding.work).max / 64, 1e150)
         free = lost & ~(scale < limit)
@@ -288,7 +297,7 @@ def _compare(expected: Tensor, found: Sums, scale: Tensor, rounding: Rounding, d
     worst = int(ratio.argmax())
     return Residual(
         float(ratio.view(-1)[worst]),
-        tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), ratio.shape)),
+        _place(worst, ratio.shape),
         float(residual.view(-1)[worst]),
         float(tolerance.expand_as(ratio).reshape(-1)[worst]),
         residual.numel(),
