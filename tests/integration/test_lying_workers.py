@@ -153,9 +153,9 @@ def test_what_is_used_is_what_was_checked(instructions, monkeypatch):
     shared = []
 
     class Shared(Received):
-        def __init__(self, engine, worker, name, tensor, *more):
-            super().__init__(engine, worker, name, tensor, *more)
-            shared.append(tensor)
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            shared.extend(argument for argument in arguments if isinstance(argument, torch.Tensor))
 
     monkeypatch.setattr("tempo.engine.batch.Received", Shared)
     with kernels.using(instructions), session_with("") as session:
