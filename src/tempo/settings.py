@@ -49,10 +49,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     divide_flops: Annotated[int, Meta(ge=1)] = 1 << 27
     """Products below this many FLOPs go whole to one worker: dividing them costs more round trips than it saves."""
 
-    overlap: Literal["auto", 1, 2, 3, 4] = "auto"
+    overlap: Literal["auto", 1, 2, 3, 4] = 1
     """In how many parts rows go to a worker, so that masks and checks of one part overlap with computing another;
-    ``auto`` as the planner foresees, under ``placement="auto"``. Needs a core, or a device, besides that of the trusted
-    process."""
+    ``auto`` as the planner foresees, under ``placement="auto"``. Every part costs one more ``dW`` and round trip."""
 
     rekey_rows: Annotated[int, Meta(ge=1)] = 1 << 13
     """A weight's masks expire after serving this many rows, evaluation included: statistics live on reuse."""

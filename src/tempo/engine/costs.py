@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import Final, Protocol, final
+from types import SimpleNamespace
+from typing import Any, Final, Protocol, final
 
 import torch
 from torch import Tensor
 
 from tempo.engine.dtypes import masked_dtype
 from tempo.engine.geometry import Shape, flops, output_shape
+from tempo.engine.reply import Received
+from tempo.engine.stats import Stats
+from tempo.engine.verifier import Verifier
 from tempo.keys import KeySchedule
 from tempo.schemes import arithmetic
 from tempo.schemes.base import Problem, Scheme, Target
-from tempo.schemes.reply import Passed, Reply
-from tempo.verify.checks import WeightCheck
+from tempo.schemes.reply import Reply
+from tempo.verify.checks import AnswerCheck, WeightCheck
 from tempo.wire.messages import Conv, Linear, Product
 
 ELEMENTS: Final = 1 << 18
@@ -174,16 +178,27 @@ class _Run:
 
     def __call__(self) -> Seconds:
         """Seconds of each part."""
+        product, wire, keys = self._problem.product, self._problem.wire_dtype, self._keys
+        x, w, g = self._x, self._w, self._g
         took: Seconds = {}
+        stats = Stats()
+        # What `Received` needs of an engine: its answers do not lie in shared memory, and are all right.
+        engine: Any = SimpleNamespace(
+            links=[_Link()] * len(self._targets), stats=stats, verifier=Verifier("always"), step=0
+        )
 
         @contextmanager
         def timed(name: str) -> Iterator[None]:
-            started = time.perf_counter()
-            yield
-            took[name] = took.get(name, 0.0) + time.perf_counter() - started
+            before, checked = stats.seconds["mask"], stats.seconds["verify"]
+            with stats.timed("mask"):
+                yield
+            took[name] = took.get(name, 0.0) + stats.seconds["mask"] - before
+            check = f"check {name}"
+            took[check] = took.get(check, 0.0) + stats.seconds["verify"] - checked
 
-        product, wire, keys = self._problem.product, self._problem.wire_dtype, self._keys
-        x, w, g = self._x, self._w, self._g
+        def received(name: str, worker: int, check: AnswerCheck) -> Received:
+            return Received(engine, worker, name, "", answers[name][worker], check, nullcontext)
+
         with timed("w"):
             weight = self._scheme.encode_weight(self._problem, w, keys.fresh(0, "w"), self._targets, _empty)
         with timed("x"):
@@ -194,29 +209,24 @@ class _Run:
         for operand in (*source.operands, *gradient.operands):
             masked[operand.worker] |= operand.tensors
         answers: dict[str, dict[int, Tensor]] = {"y": {}, "dx": {}, "dw": {}}
+        replies: dict[str, dict[int, Reply]] = {"y": {}, "dx": {}, "dw": {}}
         for worker, sent in masked.items():
             plain = {name: tensor.to(self._dtype) for name, tensor in sent.items()}
             with timed("product"):
                 y = arithmetic.output(product, plain["x"], plain["w"])
                 dx = arithmetic.input_gradient(product, plain["g"], plain["w"], tuple(plain["x"].shape))
                 dw = arithmetic.weight_gradient(product, plain["x"], plain["g"], tuple(plain["w"].shape))
-            answers["y"][worker], answers["dx"][worker], answers["dw"][worker] = (t.to(wire) for t in (y, dx, dw))
-            with timed("check w"):
+            for name, answer in {"y": y, "dx": dx, "dw": dw}.items():
+                answers[name][worker] = answer.to(wire)
+            with timed("w"), stats.timed("verify"):
                 kept = WeightCheck(product, sent["w"], keys.fresh(0, "verify-w"))
-            with timed("check x"):
+            with timed("x"), stats.timed("verify"):
                 inputs = kept.forward(sent["x"], keys.fresh(0, "verify-x"), keep=True)
-            with timed("check y"):
-                inputs.output(answers["y"][worker])
-            with timed("check g"):
+            with timed("g"), stats.timed("verify"):
                 gradients = inputs.backward(sent["g"], want_dx=True, want_dw=True)
-            with timed("check dx"):
-                gradients.input_gradient(answers["dx"][worker])
-            with timed("check dw"):
-                gradients.weight_gradient(answers["dw"][worker])
-        replies: dict[str, dict[int, Reply]] = {
-            name: {worker: Passed(tensor) for worker, tensor in by_worker.items()}
-            for name, by_worker in answers.items()
-        }
+            replies["y"][worker] = received("y", worker, inputs.output_check())
+            replies["dx"][worker] = received("dx", worker, gradients.input_gradient_check())
+            replies["dw"][worker] = received("dw", worker, gradients.weight_gradient_check())
         with timed("y"):
             source.decode_output(replies["y"], [len(w)])
         with timed("dx"):
@@ -228,6 +238,19 @@ class _Run:
         self.flops = 3 * sum(flops(product, tuple(s["x"].shape), tuple(s["w"].shape)) for s in masked.values())
         self.copies = len(masked)
         return took
+
+
+class _Link:
+    """A worker's link, for answers that were computed here."""
+
+    address = "here"
+
+    def private(self, reply: Tensor) -> Tensor | None:
+        """As it is: nobody else has it."""
+        return None
+
+    def release(self, reply: Tensor) -> None:
+        """Nobody waits for it."""
 
 
 def _numbers(shape: Shape, dtype: torch.dtype) -> Tensor:

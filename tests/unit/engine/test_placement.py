@@ -164,11 +164,13 @@ def parts(plan: Planner, rows: int = 4096, scheme: Scheme = TEMPO, width: int = 
 
 def test_calls_are_parted_where_masks_and_workers_take_long():
     slow = Measurement(1e-4, 5e9, 5e9, flops_per_s=1e12)
-    assert 1 < parts(planner(slow)) <= 4
-    assert parts(planner(Measurement(0.0, 1e15, 1e15, flops_per_s=1e18))) == 1  # nothing to hide behind
-    assert parts(planner(Measurement(1.0, 5e9, 5e9, flops_per_s=1e12))) == 1  # each part is one more round trip
-    assert parts(planner(slow), rows=64, width=4096) == 1  # and one more gradient of the weight
-    assert parts(planner(slow, placement="all")) == 1  # nothing is measured
+    assert 1 < parts(planner(slow, overlap="auto")) <= 4
+    assert parts(planner(Measurement(0.0, 1e15, 1e15, flops_per_s=1e18), overlap="auto")) == 1  # nothing to hide behind
+    assert (
+        parts(planner(Measurement(1.0, 5e9, 5e9, flops_per_s=1e12), overlap="auto")) == 1
+    )  # each part is one more round trip
+    assert parts(planner(slow, overlap="auto"), rows=64, width=4096) == 1  # and one more gradient of the weight
+    assert parts(planner(slow, placement="all", overlap="auto")) == 1  # nothing is measured
 
 
 def test_calls_are_parted_as_the_user_says_unless_masks_would_be_worse():
