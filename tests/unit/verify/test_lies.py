@@ -19,7 +19,7 @@ from tempo.wire.messages import Linear
 
 def element(honest: Tensor, other: Tensor) -> Tensor:
     lie = honest.clone()
-    lie[tuple(size - 1 for size in lie.shape)] += 30 * honest.abs().max()
+    lie[(-1,) * lie.dim()] += 30 * honest.abs().max()
     return lie
 
 
@@ -65,7 +65,7 @@ def test_one_wrong_element_is_found_anywhere(sent: Exchange, data):
     answer = sent.answers[name]
     assume(answer.numel())
     where = data.draw(st.integers(0, answer.numel() - 1))
-    answer.view(-1)[where] += 100 * (1 + answer.abs().max())
+    answer[torch.unravel_index(torch.tensor(where), answer.shape)] += 100 * (1 + answer.abs().max())
     assert not sent.judge(**{name: answer})[name].passed
 
 
@@ -87,7 +87,7 @@ def test_the_row_is_named():
 def test_residuals_of_a_lie_follow_the_stated_law(kind, name, vectors):
     sent = exchange(*KINDS[kind], torch.float64)
     lie = sent.answers[name]
-    lie.view(len(lie), -1)[1, 0] += 1  # in one row, by 1
+    lie[(1, *[0] * (lie.dim() - 1))] += 1  # in one row, by 1
     squares = [sent.judge(vectors, **{name: lie})[name].residual ** 2 for _ in range(150)]
     # If the law holds, each of 24 cases fails once in 10^9 runs.
     assert stats.kstest(squares, "chi2", (vectors,)).pvalue > 1e-9
