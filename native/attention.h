@@ -4,7 +4,6 @@
 // into panels of up to three vectors of columns, which the registers hold a block of the result for.
 #pragma once
 
-#include <cmath>
 #include <initializer_list>
 #include <type_traits>
 
@@ -134,9 +133,9 @@ inline Vector only(Vector v, int64_t first, int64_t valid, float otherwise) {
 // Scores of one row become exponentials of what they are below the greatest, zero from `valid` on; returns their sum, and
 // sets the greatest.
 inline float exponentials(float *s, int64_t columns, int64_t valid, float scale, float *greatest) {
-    Vector top = broadcast(-INFINITY);
+    Vector top = broadcast(-__builtin_inff());
     for (int64_t j = 0; j < columns; j += kLanes) {
-        const Vector v = only(load(s + j), j, valid, -INFINITY);
+        const Vector v = only(load(s + j), j, valid, -__builtin_inff());
         top = v > top ? v : top;
     }
     *greatest = most(top) * scale;
@@ -169,7 +168,7 @@ inline void attend_head(const Attention &a, int64_t n, int64_t h) {
             const int64_t valid = a.causal && i + r + 1 < a.keys ? i + r + 1 : a.keys;
             float greatest;
             const float total = exponentials(scores + r * stride, keys, valid, a.scale, &greatest);
-            a.lse[(n * a.heads + h) * a.queries + i + r] = greatest + std::log(total);
+            a.lse[(n * a.heads + h) * a.queries + i + r] = greatest + __builtin_logf(total);
             inverse[r] = 1.f / total;
         }
         multiply({scores, stride, 1}, rows, values_packed, a.keys, a.width, at(a.out, n, h, i), a.out.token);

@@ -1,8 +1,6 @@
 // Standard normal numbers, and Haar orthogonal matrices made of them: see src/tempo/schemes/haar.py. All in double.
 #pragma once
 
-#include <utility>
-
 #include "haar_types.h"
 #include "simd.h"
 
@@ -68,6 +66,10 @@ inline void turn(Reals u, Reals &cosine, Reals &sine) {
     sine = (Reals)((Words)pick(odd, c, s) ^ negative);
 }
 
+struct Pair {
+    Reals first, second;
+};
+
 // Box and Muller: 2 `half` random 64-bit words become as many normal numbers, in place.
 inline void gaussians(double *numbers, int64_t half) {
     const auto some = [&](int64_t i) {
@@ -78,7 +80,7 @@ inline void gaussians(double *numbers, int64_t half) {
         const Reals radius = root(-2.0 * logarithm(uniform(load_reals(numbers + i))));
         Reals cosine, sine;
         turn(uniform(load_reals(numbers + half + i)), cosine, sine);
-        return std::pair{radius * sine, radius * cosine};
+        return Pair{radius * sine, radius * cosine};
     };
     int64_t i = 0;
     for (; i + kDoubles <= half; i += kDoubles) {

@@ -5,7 +5,6 @@
 // columns combines lines. On the way out the tile is transposed back.
 #pragma once
 
-#include <algorithm>
 #include <type_traits>
 
 #include "sandwich_types.h"
@@ -57,9 +56,9 @@ void read_panel(const T *const (&rows)[kLine], int used, int width, float *lines
 template <typename T>
 void read_tile(const T *x, int64_t stride, int width, const Tile &tile, const Lines &lines) {
     for (int panel = 0; panel < tile.lanes; panel += kLine) {
-        const int used = std::min(kLine, tile.lanes - panel);
+        const int used = least(kLine, tile.lanes - panel);
         const T *rows[kLine] = {};
-        for (int i = 0; i < used; ++i) rows[i] = x + tile.from[std::min(panel + i, tile.rows - 1)] * stride;
+        for (int i = 0; i < used; ++i) rows[i] = x + tile.from[least(panel + i, tile.rows - 1)] * stride;
         read_panel(rows, used, width, lines.at(panel));
     }
 }
@@ -82,7 +81,7 @@ template <typename F>
 inline void by_six(int count, const F &f) {
     int done = 0;
     while (done < count) {
-        switch (const int left = count - done; left == 8 || left == 4 ? 4 : std::min(left, 6)) {
+        switch (const int left = count - done; left == 8 || left == 4 ? 4 : least(left, 6)) {
             case 6: f(std::integral_constant<int, 6>{}, done), done += 6; break;
             case 5: f(std::integral_constant<int, 5>{}, done), done += 5; break;
             case 4: f(std::integral_constant<int, 4>{}, done), done += 4; break;
@@ -171,7 +170,7 @@ void write_tile(const Lines &lines, const Tile &tile, const Operator *columns, c
     T *out = static_cast<T *>(piece.to.data) + batch * piece.to.batch_stride;
     const int width = int(piece.to.columns);
     for (int panel = 0; panel < tile.lanes; panel += kLine) {
-        const int used = std::min(kLine, tile.lanes - panel);
+        const int used = least(kLine, tile.lanes - panel);
         T *rows[kLine];
         bool all = true;
         for (int i = 0; i < used; ++i) {
@@ -235,7 +234,7 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
     const int height = width <= 4096 ? kLine : kLanes;
     const int tiles = mixes ? rows->counts[round] : (total + height - 1) / height;
     int most = height;
-    for (int t = 0; mixes && t < tiles; ++t) most = std::max(most, rows->blocks[round][t].side);
+    for (int t = 0; mixes && t < tiles; ++t) most = greatest(most, rows->blocks[round][t].side);
     const int lanes_most = rounded(most, kLine);
     const int64_t panel = int64_t(width) * kLine;
     Lines lines{scratch(0, size_t(width) * lanes_most), panel};
@@ -247,7 +246,7 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
     const int32_t *from = rows ? rows->gathers[round] : numbers;
     const int32_t *to = mixes && last ? rows->last_inverse : numbers;
     float *scales = rows && rows->scale ? scratch(3, size_t(total) + kLine) : nullptr;
-    if (scales) std::copy(rows->scale, rows->scale + total, scales);
+    for (int i = 0; scales && i < total; ++i) scales[i] = rows->scale[i];
 
     Watch *watch = round == 0 ? s.watch : nullptr;
     const int kinds = watch ? watch->vectors + 1 : 0;
@@ -257,23 +256,23 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
 
     for (int t = 0; t < tiles; ++t) {
         const int start = mixes ? rows->blocks[round][t].start : t * height;
-        const int side = mixes ? rows->blocks[round][t].side : std::min(height, total - start);
+        const int side = mixes ? rows->blocks[round][t].side : least(height, total - start);
         const Tile tile{side, rounded(side, kLanes), from + start, to + start};
         const int64_t offset = batch * x.batch_stride;
         if (!mixes && x.half) read_tile(static_cast<const uint16_t *>(x.data) + offset, x.row_stride, width, tile, lines);
         if (!mixes && !x.half) read_tile(static_cast<const float *>(x.data) + offset, x.row_stride, width, tile, lines);
         if (watch && !mixes)
             for (int lane = 0; lane < tile.lanes; lane += kLine) {
-                const int used = std::min(kLine, tile.lanes - lane);
+                const int used = least(kLine, tile.lanes - lane);
                 with_count(watch->vectors, [&](auto k) {
                     watch_panel<decltype(k)::value>(lines.at(lane), used, kLine, width, watch->v, totals);
                 });
-                for (int i = lane; i < std::min(lane + kLine, tile.rows); ++i)
+                for (int i = lane; i < least(lane + kLine, tile.rows); ++i)
                     watched(*watch, tile.from[i], total, totals + i - lane, kLine);
             }
-        if (watch && mixes) std::fill(totals, totals + int64_t(side) * kinds * kLanes, 0.0f);
+        if (watch && mixes) std::memset(totals, 0, sizeof(float) * side * kinds * kLanes);
         for (int column = 0; mixes && column < width; column += kChunk) {
-            const int some = std::min(kChunk, width - column);
+            const int some = least(kChunk, width - column);
             if (x.half)
                 read_chunk(static_cast<const uint16_t *>(x.data) + offset, x.row_stride, column, some, tile, chunk);
             else
@@ -296,7 +295,8 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
                 const Block &block = columns->blocks[r][b];
                 mix_columns(block, columns->gathers[r] + block.start, lines, other, tile.lanes);
             }
-            std::swap(lines, other);
+            const Lines kept = lines;
+            lines = other, other = kept;
         }
         for (int p = 0; p < count; ++p) {
             const float *scale = scales ? scales + start : nullptr;

@@ -1,4 +1,8 @@
 // Vectors of floats of this instruction set's width, and the little that is done with them everywhere.
+//
+// Nothing compiled for one instruction set may be shared with others: the linker keeps one copy of an inline function,
+// whichever it finds first. So all of it is in the set's own namespace, and templates of the standard library that
+// could become functions (std::min, std::copy) are not used.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +23,9 @@ constexpr int kLanes = 8;
 // The compiler splits these where registers are shorter.
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
+
+inline int least(int a, int b) { return a < b ? a : b; }
+inline int greatest(int a, int b) { return a < b ? b : a; }
 
 inline Vector load(const float *from) {
     Vector v;

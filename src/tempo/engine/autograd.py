@@ -81,6 +81,11 @@ class _Offload(torch.autograd.Function):
             for part in (needs[:members], needs[members:])
         )
         used = [g for g in gradients if g is not None]
+        with ctx.product.engine.stats.timed("mask", "g", ctx.product.name):
+            totals = [None if g is None else g.sum([0, *range(2, g.dim())]) for g in gradients]
+            for g, total in zip(gradients, totals, strict=True):
+                if g is not None and total is not None:
+                    ctx.product.engine.warn_if_not_finite(ctx.product.name, g, total)
         dx = None
         if used and (needs_x or any(needs_w)):
             whole = [used[0].new_zeros(s) if g is None else g for g, s in zip(gradients, ctx.shapes, strict=True)]
@@ -96,8 +101,8 @@ class _Offload(torch.autograd.Function):
             g.new_zeros(0) if need and g is not None else None for g, need in zip(gradients, needs_w, strict=True)
         ]
         biases = [
-            g.sum([0, *range(2, g.dim())]).to(dtype) if need and g is not None else None
-            for g, need, dtype in zip(gradients, needs_b, ctx.bias_dtypes, strict=True)
+            total.to(dtype) if need and total is not None else None
+            for total, need, dtype in zip(totals, needs_b, ctx.bias_dtypes, strict=True)
         ]
         return None, None, None, dx, *tokens, *biases
 

@@ -260,7 +260,6 @@ class Call:
         engine, kind, residence = self.product.engine, self.product.kind, self.residence if want_dw else None
         engine.keys.check_process()
         with engine.stats.timed("mask", "g", self.product.name):
-            engine.warn_if_not_finite(self.product.name, g)
             encoded = self.encoded.encode_gradient(
                 g,
                 engine.keys.fresh(self.product.number, "g"),

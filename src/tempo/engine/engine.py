@@ -189,9 +189,12 @@ class Engine:
             self._warned.add(text)
             warnings.warn(text, category, stacklevel=4)
 
-    def warn_if_not_finite(self, name: str, g: Tensor) -> None:
-        """Warn about a gradient with NaN or infinity. It is passed on, since loss scalers rely on seeing it."""
-        if not torch.isfinite(g.sum(dtype=torch.float32)) and not bool(torch.isfinite(g).all()):
+    def warn_if_not_finite(self, name: str, g: Tensor, totals: Tensor) -> None:
+        """Warn about a gradient with NaN or infinity. It is passed on, since loss scalers rely on seeing it.
+
+        ``totals`` are its sums: only if these are suspicious, it is looked into.
+        """
+        if not bool(torch.isfinite(totals).all()) and not bool(torch.isfinite(g).all()):
             self.warn_once(
                 f"layer {name!r}: its output gradient holds NaN or infinity; passed on as plain PyTorch does"
             )
