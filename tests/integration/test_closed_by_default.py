@@ -51,14 +51,14 @@ def test_a_worker_that_had_no_room_is_sent_the_weight_again():
         link = session._engine.links[0]
         request, refused = link.request, []
 
-        def no_room(message, tensors, wants):
+        def no_room(message, tensors, wants, *others):
             if type(message).__name__ == "Store" and not refused:
-                futures = request(message, tensors, wants)
+                futures = request(message, tensors, wants, *others)
                 futures[""].result()
                 link.forget(weights=(message.weight,))
                 refused.append(message)
                 raise WorkerOutOfMemoryError("worker local: no room")
-            return request(message, tensors, wants)
+            return request(message, tensors, wants, *others)
 
         link.request = no_room
         x = torch.randn(2, 4096)

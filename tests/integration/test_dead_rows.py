@@ -40,10 +40,10 @@ def messages(session) -> list[tuple[str, dict, dict]]:
     sent = []
     for link in session._engine.links:
 
-        def request(message, tensors, wants, original=link.request):
+        def request(message, tensors, wants, exchange=None, original=link.request):
             shapes = {name: tuple(t.shape) for name, t in tensors.items()}
             sent.append((type(message).__name__, shapes, {name: shape for name, (shape, _) in wants.items()}))
-            return original(message, tensors, wants)
+            return original(message, tensors, wants, exchange)
 
         link.request = request
     return sent

@@ -160,11 +160,11 @@ def test_gradients_at_a_lost_worker_are_computed_again_when_they_are_asked_for(c
         hook = model[0].weight.register_hook(lambda g: g)  # keeps the first layer's gradient last
         request = link.request
 
-        def fatal(message, tensors, wants):
+        def fatal(message, tensors, wants, *rest):
             if "dw" in wants and "dx" not in wants:  # the first layer: nothing comes after it
                 link.process.kill()
                 link.process.wait()
-            return request(message, tensors, wants)
+            return request(message, tensors, wants, *rest)
 
         link.request = fatal
         y.backward()

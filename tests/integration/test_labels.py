@@ -226,11 +226,11 @@ def test_a_call_that_failed_is_repeated_under_fresh_masks(connect, ledger):
     link = session._engine.links[0]
     request, failed = link.request, []
 
-    def out_of_memory(message, tensors, wants):
+    def out_of_memory(message, *rest):
         if type(message).__name__ == "Forward" and not failed:
             failed.append(message)
             raise WorkerOutOfMemoryError("worker 0: no room")
-        return request(message, tensors, wants)
+        return request(message, *rest)
 
     link.request = out_of_memory
     with pytest.raises(WorkerOutOfMemoryError):

@@ -24,6 +24,7 @@ from tempo.audit.truth import Truth
 from tempo.engine.batch import Posted
 from tempo.engine.link import ACKNOWLEDGED, Link
 from tempo.engine.measure import Measurement
+from tempo.engine.trace import Exchange
 from tempo.initial import Base
 from tempo.schemes.base import Scheme
 from tempo.session import Session
@@ -53,7 +54,11 @@ class _Worker:
         return torch.empty(shape, dtype=dtype)
 
     def request(
-        self, message: Message, tensors: Mapping[str, Tensor], wants: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+        self,
+        message: Message,
+        tensors: Mapping[str, Tensor],
+        wants: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        exchange: Exchange | None = None,
     ) -> dict[str, Future[Any]]:
         self.last_id = self._sequence()
         seen = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -105,9 +110,8 @@ class _Worker:
                     kept = numbers.weight(message.weight, "gradient" if name == "norm" else name)
                     (compute.norm if name == "norm" else compute.fetch)(kept, answer)
 
-    def own(self, reply: Tensor) -> Tensor:
+    def private(self, reply: Tensor) -> None:
         """Nothing is shared."""
-        return reply
 
     def release(self, tensor: Tensor) -> None:
         """Nothing is shared."""
