@@ -65,7 +65,7 @@ def test_protected_training_has_the_losses_of_plain_training(tmp_path: Path, wor
     assert "patch_embeddings" in (tmp_path / "protected/summary.txt").read_text()
     steps = [record for record in metrics.read(tmp_path / "protected") if isinstance(record, Step)]
     assert all(step.bytes_sent > 0 and step.bytes_received > 0 for step in steps)
-    assert all(set(step.seconds) == {"mask", "verify", "wire", "worker", "trusted"} for step in steps)
+    assert all(set(step.seconds) == {"mask", "verify", "wire", "worker", "plan", "trusted"} for step in steps)
 
 
 @pytest.mark.parametrize("scheme", ["tempo", "insecure-plain"])

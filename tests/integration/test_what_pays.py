@@ -69,7 +69,7 @@ def test_what_stays_trusted_is_no_neighbour(connect):
 
 
 def test_where_nothing_pays_all_is_plain_pytorch(connect):
-    session = connect(placement="auto")
+    session = connect(placement="auto", memory_format="preserve")  # or maps would be channels last
     plain = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5))
     model = session.protect(copy.deepcopy(plain), offload=["*"])
     before = session.stats()
