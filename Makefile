@@ -6,7 +6,7 @@ export PYTHONWARNINGS ?=
 .PHONY: demo test lint bench chaos test-gpu clean
 
 # pip, not another resolver: the constraints pin a torch that pip finds as a CPU build where one is at hand.
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[recipes,dev]'
 	touch $@

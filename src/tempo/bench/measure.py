@@ -19,6 +19,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from tempo import kernels
 from tempo.bench.workloads import WORKLOADS, Workload
 from tempo.engine.coverage import TrustedProducts
 from tempo.engine.local import start_local_workers
@@ -97,6 +98,7 @@ def machine() -> dict[str, str]:
     return {
         "cpu": model,
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": kernels.selected(),
         "torch": str(torch.__version__),
         "tempo": version("tempo-train"),
         "python": platform.python_version(),

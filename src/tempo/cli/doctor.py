@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tempo import __version__, schemes
+from tempo import __version__, kernels, schemes
 from tempo.engine.geometry import flops
 from tempo.engine.link import Link
 from tempo.engine.placement import Planner
@@ -39,6 +39,7 @@ def doctor(
     """Check in seconds that workers can be reached and match, how fast they are, and what gain to expect."""
     settings = parse({"identity": identity, "peers": peers, "insecure_no_tls": insecure_no_tls}, "doctor")
     console = Console()
+    console.print(_kernels_in_use())
     table = Table("worker", "device", title=f"workers, as seen from here (Tempo {__version__})")
     for heading in ("memory\nGiB", "latency\nµs", "up\nGB/s", "down\nGB/s", "speed\nGFLOP/s"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -72,6 +73,16 @@ def doctor(
         link.close()
     if problems:
         raise typer.Exit(1)
+
+
+def _kernels_in_use() -> str:
+    """Which kernels compute here; without native ones all is as it should be, and slow."""
+    if len(kernels.available()) == 1:
+        return (
+            "kernels here: PyTorch's only. Native ones were not built, for want of a C++17 compiler perhaps: "
+            "pip install -v says why; masks take several times as long without"
+        )
+    return f"kernels here: {kernels.selected()} (of {', '.join(kernels.available())})"
 
 
 def _gain(links: list[Link], settings: Settings) -> Table:
