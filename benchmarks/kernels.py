@@ -23,7 +23,12 @@ from torch.nn import functional as F
 from tempo import kernels
 from tempo.bench.measure import machine
 from tempo.engine.memory import keep_heap
+from tempo.keys import KeySchedule, Keystream
+from tempo.schemes.masks import Form, Mask, draw, draw_blocks
+from tempo.schemes.reply import Watch
+from tempo.schemes.sandwich import sandwich
 from tempo.trusted.mode import TrustedMode
+from tempo.verify.sums import of_both, of_rows
 
 ROWS, WIDTH = 4160, 3072  # what is between the two large layers of ViT-B/4, 64 images
 
@@ -93,7 +98,38 @@ def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def mask(make: Callable[[Keystream, int], Mask], dtype: torch.dtype = torch.float32, *, checked: bool = False) -> Case:
+    """A mask on rows and one on columns; ``checked``: with sums of the rows that are read, made on the way."""
+    key = KeySchedule().fresh(1, "benchmark")
+    rows, columns = (make(key.stream(name), size).operator(Form.PLAIN) for name, size in (("L", ROWS), ("A", WIDTH)))
+    x, out, v = torch.randn(ROWS, WIDTH), torch.empty(ROWS, WIDTH, dtype=dtype), torch.randn(4, WIDTH)
+
+    def run() -> None:
+        watch = Watch.of(v, ROWS) if checked else None
+        sandwich(x, rows, columns, [out], watch=watch)
+        if watch is not None and not watch.seen:
+            of_rows(x, v)
+
+    return both(x.numel(), run)
+
+
+def sums(*, columns: bool) -> Case:
+    """Four sums of every row, and of every column too."""
+    x, v, q = torch.randn(ROWS, WIDTH), torch.randn(4, WIDTH), torch.randn(4, ROWS)
+    return both(x.numel(), lambda: of_both(x, v, q) if columns else of_rows(x, v))
+
+
 KERNELS: dict[str, Callable[[], Case]] = {
+    "permute and scale": lambda: mask(lambda stream, size: draw(stream, size, 255)),
+    "permute and scale, to bfloat16": lambda: mask(lambda stream, size: draw(stream, size, 255), torch.bfloat16),
+    "permute and scale, checked": lambda: mask(lambda stream, size: draw(stream, size, 255), checked=True),
+    "blocks of 16": lambda: mask(lambda stream, size: draw_blocks(stream, size, 16, 1, 1.0)),
+    "blocks of 32": lambda: mask(lambda stream, size: draw_blocks(stream, size, 32, 1, 1.0)),
+    "blocks of 32, checked": lambda: mask(lambda stream, size: draw_blocks(stream, size, 32, 1, 1.0), checked=True),
+    "blocks of 64": lambda: mask(lambda stream, size: draw_blocks(stream, size, 64, 1, 1.0)),
+    "two rounds of 32": lambda: mask(lambda stream, size: draw_blocks(stream, size, 32, 2, 1.0)),
+    "sums of rows": lambda: sums(columns=False),
+    "sums of rows and columns": lambda: sums(columns=True),
     "GELU": lambda: forward(F.gelu, hidden()),
     "GELU, gradient": lambda: backward(F.gelu, hidden()),
     "tanh-GELU": lambda: forward(tanh_gelu, hidden()),
