@@ -17,6 +17,7 @@ constexpr int kLine = 16;  // columns moved at a time: a cache line of each row
 constexpr int kParts = kLine / kLanes;
 constexpr int64_t kStreamFrom = 1 << 22;  // elements of an output from which it is written past the caches
 
+constexpr int kTogether = kLanes == kLine ? 2 * kLine : kLine;  // lanes for which columns are mixed at a time
 constexpr int kChunk = 64;                // columns whose rows are mixed at a time, in the first-level cache
 
 struct Tile {
@@ -69,6 +70,8 @@ void read_chunk(const T *x, int64_t stride, int first, int width, const Tile &ti
     for (int i = 0; i < tile.rows; ++i, chunk += kChunk) {
         const T *row = x + tile.from[i] * stride + first;
         int column = 0;
+        // While this chunk is mixed, the next one comes from memory: too many rows for the processor to foresee.
+        for (int ahead = 0; ahead < kChunk; ahead += 64 / int(sizeof(T))) __builtin_prefetch(row + kChunk + ahead);
         for (; column + kLanes <= width; column += kLanes) store(chunk + column, load(row + column));
         for (; column < width; ++column) chunk[column] = widen(row[column]);
     }
@@ -237,8 +240,8 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
     for (int t = 0; mixes && t < tiles; ++t) most = greatest(most, rows->blocks[round][t].side);
     const int lanes_most = rounded(most, kLine);
     const int64_t panel = int64_t(width) * kLine;
-    Lines lines{scratch(0, size_t(width) * lanes_most), panel};
-    Lines other{columns && columns->rounds ? scratch(1, size_t(width) * lanes_most) : nullptr, panel};
+    const Lines lines{scratch(0, size_t(width) * lanes_most), panel};
+    const Lines other{columns && columns->rounds ? scratch(1, size_t(width) * kTogether) : nullptr, panel};
     float *chunk = mixes ? scratch(6, size_t(2 * kChunk) * lanes_most) : nullptr;
     float *mixed = chunk + kChunk * lanes_most;
     int32_t *numbers = reinterpret_cast<int32_t *>(scratch(2, size_t(total)));
@@ -290,21 +293,27 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
             for (int k = 0; k < kinds; ++k) sums[k] = sum(load(totals + (int64_t(row) * kinds + k) * kLanes));
             watched(*watch, tile.from[row], total, sums, 1);
         }
-        for (int r = 0; columns && r < columns->rounds; ++r) {
-            for (int b = 0; b < columns->counts[r]; ++b) {
-                const Block &block = columns->blocks[r][b];
-                mix_columns(block, columns->gathers[r] + block.start, lines, other, tile.lanes);
+        // Lanes have nothing to do with each other from here on: a few at a time stay in the second-level cache.
+        for (int lane = 0; lane < tile.lanes; lane += kTogether) {
+            const int real = least(kTogether, side - lane), lanes = least(kTogether, tile.lanes - lane);
+            const Tile part{real, lanes, nullptr, tile.to + lane};
+            Lines from{lines.at(lane), panel}, to = other;
+            for (int r = 0; columns && r < columns->rounds; ++r) {
+                for (int b = 0; b < columns->counts[r]; ++b) {
+                    const Block &block = columns->blocks[r][b];
+                    mix_columns(block, columns->gathers[r] + block.start, from, to, lanes);
+                }
+                const Lines kept = from;
+                from = to, to = kept;
             }
-            const Lines kept = lines;
-            lines = other, other = kept;
-        }
-        for (int p = 0; p < count; ++p) {
-            const float *scale = scales ? scales + start : nullptr;
-            const bool past_caches = worth_streaming(pieces[p]);
-            if (pieces[p].to.half)
-                write_tile<uint16_t>(lines, tile, columns, pieces[p], batch, scale, false);
-            else
-                write_tile<float>(lines, tile, columns, pieces[p], batch, scale, past_caches);
+            const float *scale = scales ? scales + start + lane : nullptr;
+            for (int p = 0; p < count; ++p) {
+                const bool past_caches = worth_streaming(pieces[p]);
+                if (pieces[p].to.half)
+                    write_tile<uint16_t>(from, part, columns, pieces[p], batch, scale, false);
+                else
+                    write_tile<float>(from, part, columns, pieces[p], batch, scale, past_caches);
+            }
         }
     }
 }
