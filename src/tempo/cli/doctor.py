@@ -80,7 +80,7 @@ def _kernels_in_use() -> str:
     if len(kernels.available()) == 1:
         return (
             "kernels here: PyTorch's only. Native ones were not built, for want of a C++17 compiler perhaps: "
-            "pip install -v says why; masks take several times as long without"
+            "pip install -v says why; masks, checks and activations take longer without"
         )
     return f"kernels here: {kernels.selected()} (of {', '.join(kernels.available())})"
 
