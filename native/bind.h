@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <optional>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
@@ -19,6 +20,10 @@ namespace nb = nanobind;
 namespace tempo {
 
 extern const Table *active;
+
+inline void require(bool holds, const char *what) {
+    if (!holds) throw std::invalid_argument(what);
+}
 
 inline bool is_bfloat16(nb::dlpack::dtype dtype) {
     return dtype.code == uint8_t(nb::dlpack::dtype_code::Bfloat) && dtype.bits == 16 && dtype.lanes == 1;

@@ -1,16 +1,11 @@
-#include <stdexcept>
-
 #include "bind.h"
 
 namespace {
 
+using tempo::require;
 using Numbers = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Triangles = nb::ndarray<const double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Squares = nb::ndarray<double, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-
-void require(bool holds, const char *what) {
-    if (!holds) throw std::invalid_argument(what);
-}
 
 // An even number of random 64-bit words become standard normal numbers, in place.
 void gaussians(const Numbers &numbers) {

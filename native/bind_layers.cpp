@@ -1,9 +1,8 @@
-#include <stdexcept>
-
 #include "bind.h"
 
 namespace {
 
+using tempo::require;
 using tempo::Activation;
 using tempo::Attention;
 using tempo::Heads;
@@ -11,10 +10,6 @@ using Flat = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using FlatOut = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using Operand = nb::ndarray<float, nb::ndim<4>, nb::device::cpu>;  // (samples, heads, tokens, features)
 using Rows = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-
-void require(bool holds, const char *what) {
-    if (!holds) throw std::invalid_argument(what);
-}
 
 Activation named(const std::string &name) {
     if (name == "gelu") return Activation::gelu;

@@ -1,9 +1,8 @@
-#include <stdexcept>
-
 #include "bind.h"
 
 namespace {
 
+using tempo::require;
 using tempo::Block;
 using tempo::Matrices;
 using tempo::Operator;
@@ -14,10 +13,6 @@ using Index = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::
 using Scale = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Squares = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;  // (count, side, side), any strides
 using Rounds = std::vector<std::vector<Squares>>;
-
-void require(bool holds, const char *what) {
-    if (!holds) throw std::invalid_argument(what);
-}
 
 Matrices matrices_of(const Array &array) {
     require(array.ndim() == 3, "a batch of matrices has three axes");

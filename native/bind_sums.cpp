@@ -1,19 +1,14 @@
-#include <stdexcept>
-
 #include "bind.h"
 
 namespace {
 
+using tempo::require;
 using tempo::Sums;
 using Matrix = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
 template <typename T>
 using Line = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <typename T>
 using Lines = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-void require(bool holds, const char *what) {
-    if (!holds) throw std::invalid_argument(what);
-}
 
 // Fills `of_rows` and `row_lengths`; where `q` is given, `of_columns` and `column_lengths` too.
 void sums(const Matrix &x, const std::optional<Matrix> &copy, const Lines<const float> &v, const Lines<float> &of_rows,

@@ -27,7 +27,7 @@ def answer_dtype(setting: str, masked: torch.dtype) -> torch.dtype:
     """What its answers travel in.
 
     Where operands are packed into 8 bits, answers come in bfloat16: what is tolerated of an honest worker is what its
-    rounding may do, and rounding to 8 bits would let lies pass that are six times as large (docs/wire.md).
+    rounding may do, and rounding to 8 bits would let lies pass that are about six times as large (docs/wire.md).
     """
     return torch.bfloat16 if setting == "int8" and masked == torch.float32 else masked
 
