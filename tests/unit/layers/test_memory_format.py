@@ -19,10 +19,10 @@ def network() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
         nn.BatchNorm2d(16),
-        nn.ReLU(),
+        nn.Softplus(),  # smooth: at a kink rounding would decide gradients
         nn.Conv2d(16, 16, 3, padding=1, groups=16),
         nn.Conv2d(16, 32, 1),
-        nn.ReLU(),
+        nn.Softplus(),  # smooth: at a kink rounding would decide gradients
         nn.Conv2d(32, 32, 3, stride=2, padding=1, groups=2, bias=False),
         nn.Conv2d(32, 16, 1, stride=2),
         nn.Conv2d(16, 16, (3, 1), dilation=(2, 1), padding=(2, 0)),
