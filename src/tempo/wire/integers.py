@@ -1,0 +1,29 @@
+"""A public weight as integers: the same ones wherever they are made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def integers(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round a weight to integers, with one scale for every output feature.
+
+    Every step is one correctly rounded operation in float32, so that the result is the same on any machine.
+
+    Args:
+        w: (m, d), floating point, finite.
+        bits: 2 to 16, the sign included.
+
+    Returns:
+        int8 (int16 above 8 bits) of shape (m, d), of magnitude below 2^(bits-1); and scales (m, 1), float32, by which
+        rows are multiplied to give ``w`` again, or nearly.
+    """
+    if not 2 <= bits <= 16:
+        raise ValueError(f"{bits} bits; a weight has 2 to 16")
+    w = w.detach().float()
+    largest = (1 << (bits - 1)) - 1
+    scales = w.abs().amax(1, keepdim=True).div_(largest)
+    scales.masked_fill_(scales == 0, 1.0)
+    dtype = torch.int8 if bits <= 8 else torch.int16
+    return w.div(scales).round_().clamp_(-largest, largest).to(dtype), scales
