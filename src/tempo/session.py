@@ -63,14 +63,14 @@ def connect(*workers: str, settings: Settings | None = None, **fields: Any) -> S
         raise SettingsError(f"connect(): give settings= or single fields, not both ({', '.join(fields)})")
     settings = settings or parse(fields)
     addresses = [Address.parse(worker) for worker in workers]
-    schemes.create(settings.scheme, settings)  # a wrong name should not start workers first
+    scheme = schemes.create(settings.scheme, settings)  # a wrong name should not start workers first
     name = secrets.token_hex(8)
     links: list[Link] = []
     try:
         if addresses:
             links.extend(Link.connect(address, settings=settings, session=name) for address in addresses)
         else:
-            links.extend(start_local_workers(settings, session=name))
+            links.extend(start_local_workers(settings, session=name, operators=scheme.traits.min_workers))
         recall = Recall(partial(_dial_again, settings=settings, session=name))
         return Session(links, settings, name, recall)
     except BaseException:
@@ -165,6 +165,11 @@ class Session:
             raise SettingsError(f"protect(): {elsewhere}; the trusted side runs on the CPU: call model.cpu() first")
         found = origin(model, base or self.settings.base)
         scheme = self._scheme_for(found)
+        if scheme.traits.public_weights and (base or self.settings.base) != "public":
+            raise SettingsError(
+                f"protect(): scheme {scheme.name!r} sends frozen weights as they are: say base='public' if everyone "
+                "may have them, or choose a scheme that hides weights ('mix')"
+            )
         self._layers += protect(
             model, self._engine, scheme, [*self.settings.trusted, *trusted], [*self.settings.offload, *offload]
         )

@@ -82,6 +82,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     mix_shield_rows: Annotated[int, Meta(ge=0, le=4096)] = 0
     """Random rows of high energy to add to every part of the rows that a worker gets."""
 
+    split_colluders: Annotated[int, Meta(ge=1, le=15)] = 1
+    """Scheme `split`: how many operators may put together what their workers see; one more has to take part."""
+
+    split_weight_bits: Annotated[int, Meta(ge=4, le=16)] = 12
+    """Scheme `split`: bits of a public weight's integers. 12: products nearly as in float32; 8: faster on workers."""
+
     local_workers: Annotated[int, Meta(ge=1, le=64)] = 1
     """How many workers to start on this machine when no address is given."""
 

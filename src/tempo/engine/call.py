@@ -111,7 +111,7 @@ class Call:
         self.versions = [] if residence is None else [p._version for p in residence.parameters]
         self.shapes: tuple[tuple[int, ...], tuple[int, ...]] = shapes
         self.sizes = sizes
-        self.shapes_x = {o.worker: tuple(o.tensors["x"].shape) for o in encoded.operands}
+        self.shapes_x = {o.worker: o.shape("x") for o in encoded.operands}
         self.operand = 0
         self.differentiated = False
         self.checks: dict[int, InputCheck] = {}
@@ -122,12 +122,12 @@ class Call:
 
     def begin(self) -> Batch:
         """Send ``x~``."""
-        engine, kind = self.product.engine, self.product.kind
+        engine, kind = self.product.engine, self.product.scheme.asks(self.product.kind)
         self._prepare_checks(want_y=True)
         batch = engine.batch(self.product)
         for operand in self.encoded.operands:
             shape_x, shape_w = self.shapes_x[operand.worker], self.stored.shapes_w[operand.worker]
-            dtype = answer_dtype(engine.settings.wire_dtype, operand.tensors["x"].dtype)
+            dtype = operand.answers or answer_dtype(engine.settings.wire_dtype, operand.tensors["x"].dtype)
             wants = {"y": (output_shape(kind, shape_x, shape_w), dtype)}
             check = self.checks.get(operand.worker)
             fields: dict[str, Any] = {"weight": self.stored.number, "operand": self.operand, "product": kind}
@@ -154,7 +154,7 @@ class Call:
             fields: dict[str, Any] = {
                 "weight": self.stored.number,
                 "operand": self.operand,
-                "product": self.product.kind,
+                "product": self.product.scheme.asks(self.product.kind),
             }
             batch.post(operand, Forward, {}, **fields)
         self._record(batch, x, [])
@@ -257,7 +257,8 @@ class Call:
 
     def begin_sending(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Callable[[], Gradients]:
         """Send ``g~`` as it is; return what awaits and unmasks the gradients. Either may raise as `send`."""
-        engine, kind, residence = self.product.engine, self.product.kind, self.residence if want_dw else None
+        engine, residence = self.product.engine, self.residence if want_dw else None
+        kind = self.product.scheme.asks(self.product.kind)
         engine.keys.check_process()
         with engine.stats.timed("mask", "g", self.product.name):
             encoded = self.encoded.encode_gradient(
@@ -283,7 +284,7 @@ class Call:
         )
         batch = engine.batch(self.product)
         for operand in encoded.operands:
-            dtype = answer_dtype(engine.settings.wire_dtype, operand.tensors["g"].dtype)
+            dtype = operand.answers or answer_dtype(engine.settings.wire_dtype, operand.tensors["g"].dtype)
             shape_x, shape_w = self.shapes_x[operand.worker], self.stored.shapes_w[operand.worker]
             wants = {}
             if want_dx:

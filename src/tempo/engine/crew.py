@@ -55,6 +55,8 @@ class Crew:
         self.banned: set[str] = set()
         """Operators found lying. What was masked for one of them is masked anew for the others."""
         self._gone: set[int] = set()
+        self._least = 1
+        """Operators that the schemes in use need."""
         self._divided = False
         """Whether any product was divided over operators."""
 
@@ -70,6 +72,7 @@ class Crew:
     def check(self, scheme: Scheme) -> None:
         """Raise `SchemeError` if ``scheme`` does not work with these workers."""
         traits = scheme.traits
+        self._least = max(self._least, traits.min_workers)
         operators = {self.links[number].address.operator for number in self.present}
         if len(self.present) < traits.min_workers:
             raise SchemeError(f"scheme {scheme.name!r} needs {traits.min_workers} workers; {len(self.present)} given")
@@ -128,7 +131,8 @@ class Crew:
         rest = [number for number in self.present if number not in leaving]
         recall = self._recall if self._patience else None
         lost = isinstance(error, WorkerLostError)
-        if not rest and not lied and not (lost and recall):
+        enough = self._enough(rest)
+        if not enough and not lied and not (lost and recall):
             raise error  # a worker that is out of memory, say, may have enough for the next batch
         operators = {self.links[number].address.operator for number in self.present}
         self.incidents.append(Incident(str(self.links[error.worker].address), step, error.bare()))
@@ -139,8 +143,8 @@ class Crew:
             self.links[number].close()
         if lost and recall is not None:
             recall.seek(error.worker, self.links[error.worker])
-        if not rest:
-            self._wait_for_one(error, recall)
+        if not enough:
+            self._wait_for_enough(error, recall)
             return
         left = ", ".join(str(self.links[number].address) for number in rest)
         log.error("%s; going on without it%s, with: %s", str(error), " and its operator" if lied else "", left)
@@ -183,12 +187,17 @@ class Crew:
         else:
             log.warning("worker %s is back", link.address)
 
-    def _wait_for_one(self, error: WorkerError, recall: Recall | None) -> None:
+    def _enough(self, numbers: Sequence[int]) -> bool:
+        """Whether the workers with these numbers are of as many operators as the schemes in use need."""
+        return len({self.links[number].address.operator for number in numbers}) >= self._least
+
+    def _wait_for_enough(self, error: WorkerError, recall: Recall | None) -> None:
+        left = "no worker is left" if not self.present else f"{len(self.present)} left, {self._least} operators needed"
         if recall is not None and recall.sought:
-            log.error("%s; no worker is left: waiting up to %g s for one to come back", str(error), self._patience)
-            if back := recall.returned(self._patience):
+            log.error("%s; %s: waiting up to %g s for one to come back", str(error), left, self._patience)
+            while not self._enough(self.present) and (back := recall.returned(self._patience)):
                 self._welcome(*back)
-            if self.present:
+            if self._enough(self.present):
                 return
-        log.error("%s; no worker is left", str(error))
+        log.error("%s; %s", str(error), left)
         raise error

@@ -18,6 +18,7 @@ from tempo.engine.batch import Batch
 from tempo.engine.crew import Crew
 from tempo.engine.link import Link
 from tempo.engine.placement import Planner
+from tempo.engine.public import PublicWeights
 from tempo.engine.recall import Recall
 from tempo.engine.sharing import InputSharing
 from tempo.engine.stats import Stats
@@ -66,6 +67,7 @@ class Engine:
         self.crew.check(scheme)
         self.verifier = Verifier(settings.verify)
         self.sharing = InputSharing()
+        self.public = PublicWeights()
         self.step = 0
         self.truth = truth
         self._awaited: dict[int, Futures] = {}

@@ -19,7 +19,7 @@ _START_TIMEOUT: Final = 120.0
 """Seconds for a worker process to start; importing torch takes long on a cold disk."""
 
 
-def start_local_workers(settings: Settings, *, session: str, null: bool = False) -> list[Link]:
+def start_local_workers(settings: Settings, *, session: str, null: bool = False, operators: int = 1) -> list[Link]:
     """Start ``settings.local_workers`` workers on this machine; closing a link ends its worker.
 
     They end with this process in any case, killed or not.
@@ -28,15 +28,17 @@ def start_local_workers(settings: Settings, *, session: str, null: bool = False)
         settings: How many, on which device, with how many threads and where they record transcripts.
         session: 16 hexadecimal digits; names the session in transcripts.
         null: Start workers that compute nothing, for benchmarks.
+        operators: How many operators the scheme needs: where that is more than one, each worker plays one, and there
+            are at least so many.
     """
-    count = settings.local_workers
+    count = max(settings.local_workers, operators)
     threads = settings.local_threads or max(1, len(os.sched_getaffinity(0)) // count)
     patient = msgspec.structs.replace(settings, connect_timeout=max(settings.connect_timeout, _START_TIMEOUT))
     started = [_spawn(settings, threads, null) for _ in range(count)]  # all at once: they take a while to start
     links: list[Link] = []
     try:
         for index, (process, sock) in enumerate(started):
-            address = Address(host="local", port=index, operator="local")
+            address = Address(host="local", port=index, operator="local" if operators == 1 else f"local{index}")
             try:
                 link = Link.adopt(sock, address, settings=patient, session=session)
             except WorkerError as error:

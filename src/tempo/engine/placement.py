@@ -12,9 +12,9 @@ from tempo.engine.costs import Costs, MeasuredCosts
 from tempo.engine.dtypes import masked_dtype
 from tempo.engine.geometry import flops, output_shape
 from tempo.engine.link import Link
-from tempo.engine.verifier import Verifier
 from tempo.schemes.base import Scheme
 from tempo.settings import Settings
+from tempo.verify.policy import Policy
 from tempo.wire.messages import Linear, Product
 
 
@@ -64,7 +64,7 @@ class Planner:
     def __init__(self, settings: Settings, links: Sequence[Link], costs: Costs | None = None) -> None:
         self.placement = settings.placement
         self._overlap, self._wire_dtype = settings.overlap, settings.wire_dtype
-        self._checked = Verifier(settings.verify).share
+        self._checked = Policy(settings.verify).share
         self.measurements = [link.measure() for link in links]
         self._total = sum(m.flops_per_s for m in self.measurements)
         self.shares = [m.flops_per_s / self._total for m in self.measurements]

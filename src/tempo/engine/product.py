@@ -18,7 +18,7 @@ from tempo.engine.parts import CallInParts
 from tempo.engine.residence import Residence, Terms
 from tempo.engine.stored import StoredWeight
 from tempo.engine.update_cost import update_cost
-from tempo.errors import NonFiniteError, WorkerError
+from tempo.errors import NonFiniteError, UnsafeError, WorkerError
 from tempo.schemes.base import Problem, Recall, Scheme, Target
 from tempo.wire.layout import meant, sent_shape
 from tempo.wire.messages import Linear
@@ -209,7 +209,7 @@ class Product:
     ) -> StoredWeight:
         """The weight on the workers: the one that is there while it holds, else freshly masked."""
         engine, stored = self.engine, self._stored
-        lasting = not self.scheme.traits.fresh_every_call
+        lasting, public = not self.scheme.traits.fresh_every_call, self.scheme.traits.public_weights
         with engine.stats.timed("mask", "w", self.name):
             fingerprint = [Fingerprint(w) for w in sources] if lasting else []
         if (
@@ -217,14 +217,18 @@ class Product:
             and stored is not None
             and stored.dtype == weights[0].dtype
             and fingerprint == self._fingerprint
-            and stored.rows_served < engine.settings.rekey_rows
-            and stored.banned == len(engine.crew.banned)  # what a liar held is not used again
+            and (public or stored.rows_served < engine.settings.rekey_rows)
+            and (public or stored.banned == len(engine.crew.banned))  # what a liar held is not used again
             and {target.worker for target in targets} <= set(stored.workers)
         ):
             return stored
         self._stored = None  # lets go of the old masks even if what follows fails
         with engine.stats.timed("mask", "w", self.name):
             w = _whole(weights)
+            if public and not all(engine.public.holds(source) for source in sources):
+                raise UnsafeError(
+                    f"layer {self.name!r}: its weight is not the one that was protected as public; it was not sent"
+                )
             self.check_finite(w, "weight")
             encoded = self.scheme.encode_weight(
                 self.problem(w.dtype), w, engine.keys.fresh(self.number, "w"), targets, engine.empty

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 from torch import Tensor
 
 from tempo import kernels
+from tempo.errors import WorkerLiedError
 from tempo.schemes.reply import Reply, Unmask, Watch
 from tempo.verify.checks import AnswerCheck, Residual
 from tempo.verify.norms import lost
@@ -76,6 +77,15 @@ class Received(Reply):
                     self._judge(check.judge_sums(Sums(watch.sums, lengths), self._tensor.dtype))
                 return
         unmask(self.checked(), watch=None)
+
+    def wrong(self, row: int) -> WorkerLiedError:
+        """Names worker, layer and step."""
+        engine = self._engine
+        try:
+            with self._named():
+                raise engine.verifier.lie(str(self._link.address), engine.step, self._name, self._tensor, f"row {row}")
+        except WorkerLiedError as error:
+            return error
 
     def release(self) -> None:
         """Give the memory back."""

@@ -94,7 +94,7 @@ class Residence:
         self.encoded = encoded
         tensors = encoded.operands[0].tensors
         self.sketch: Sketch | None = None
-        if engine.verifier.share and terms.linear:
+        if engine.verifier.policy.share and terms.linear:
             with engine.stats.timed("verify", "w", self.name):
                 kept = {name: tensors[name] for name in self._kept}
                 key = engine.keys.fresh(product.number, "verify-w")

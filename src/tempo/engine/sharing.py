@@ -82,6 +82,7 @@ class Group:
             if site is not leader:
                 found.append((site, *parameters()))
         fits = all(w.shape[1] == weight.shape[1] and w.dtype == weight.dtype for _, w, _ in found)
+        fits = fits and not any(site.secret(w) for site, w, _ in found[1:])
         return found if fits and leader.engine.together([w for _, w, _ in found]) else []
 
     def compute(self, members: list[tuple[Site, Tensor, Tensor | None]], x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from tempo.engine.autograd import offload
 from tempo.engine.away import residence_of
 from tempo.engine.dtypes import WIRE_DTYPES, compute_dtype
+from tempo.engine.fingerprint import Fingerprint
 from tempo.engine.geometry import flops, output_shape
 from tempo.engine.patches import patches
 from tempo.engine.placement import Decision
@@ -69,6 +70,7 @@ class Site:
         self._products: dict[Linear | Conv, Product] = {}
         self._stash: Stash | None = None
         self._span_warned = False
+        self._public: Fingerprint | None = None
         self.outputs = 0
         """Output features, once it was called."""
         self._cost = 0
@@ -181,7 +183,7 @@ class Site:
             decision = Decision(False, "empty")
         elif (out_of_reach := _out_of_reach(x, weight)) is None and residence_of(weight) is not None:
             decision = Decision(True, "offloaded; its weight lives on a worker")
-        elif reason := out_of_reach or self.scheme.refuses(kind, shape, tuple(weight.shape)):
+        elif reason := out_of_reach or self.secret(weight) or self.scheme.refuses(kind, shape, tuple(weight.shape)):
             decision = Decision(False, reason)
         else:
             training = torch.is_grad_enabled()
@@ -206,6 +208,19 @@ class Site:
             self.usage.trusted += cost
             self.engine.stats.flops_trusted += cost
         return decision.offload
+
+    def secret(self, weight: Tensor) -> str | None:
+        """Why ``weight`` must not be sent under a scheme that does not hide weights, or None."""
+        if not self.scheme.traits.public_weights:
+            return None
+        if weight.requires_grad:
+            return f"its weight is trained, and scheme {self.scheme.name!r} sends weights as they are"
+        if (found := Fingerprint(weight)) == self._public:
+            return None
+        if not self.engine.public.holds(weight):
+            return "its weight is not the public one any more (were adapters merged into it?)"
+        self._public = found
+        return None
 
     def stays(self, x: Tensor, weight: Tensor) -> bool:
         """Whether this call is like one that stayed here for good: a short cut, since layers may be tiny."""

@@ -36,7 +36,8 @@ class StoredWeight:
         self.rows_served = 0
         self.banned = len(engine.crew.banned)
         if checks is None:
-            checks = engine.verifier.weights(product, encoded.operands)
+            exact = product.scheme.traits.exact
+            checks = {} if exact else engine.verifier.weights(product, encoded.operands)
         self.checks = checks
         batch = engine.batch(product)
         self.unconfirmed: list[Batch] = [batch]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from torch import Tensor
 from tempo.errors import WorkerLiedError
 from tempo.schemes.base import Operand
 from tempo.verify.checks import GradientCheck, InputCheck, Residual, WeightCheck
+from tempo.verify.policy import Policy
 from tempo.verify.sketch import Sketch
 from tempo.wire.blocks import snap_
 from tempo.wire.layout import is_last
@@ -32,16 +32,11 @@ class Verifier:
     """
 
     def __init__(self, policy: str) -> None:
-        kind, _, share = policy.partition(":")
-        self.share = float(share) if share else {"off": 0.0, "always": 1.0}[kind]
-
-    def chooses(self) -> bool:
-        """Whether to check this call: by a coin that workers cannot know, where only a sample is checked."""
-        return self.share == 1.0 or (self.share > 0.0 and secrets.SystemRandom().random() < self.share)
+        self.policy = Policy(policy)
 
     def weights(self, product: Product, operands: Sequence[Operand]) -> dict[int, WeightCheck]:
         """Checks of a weight about to be stored, by worker."""
-        if not self.share:
+        if not self.policy.share:
             return {}
         engine = product.engine
         with engine.stats.timed("verify", "w", product.name):
@@ -60,7 +55,7 @@ class Verifier:
         want_y: bool,
     ) -> dict[int, InputCheck]:
         """Checks of an input about to be sent, by worker; none if this call is not chosen."""
-        if not weights or not self.chooses():
+        if not weights or not self.policy.chooses():
             return {}
         engine = product.engine
         with engine.stats.timed("verify", "x", product.name):
@@ -104,11 +99,18 @@ class Verifier:
     def judge(self, address: str, step: int, name: str, answer: Tensor, residual: Residual) -> None:
         """Raise `WorkerLiedError` if a check failed."""
         if not residual.passed:
-            raise WorkerLiedError(
-                f"worker {address} gave a wrong {_WHAT.get(name, name)} of shape {tuple(answer.shape)} in step {step}: "
+            where = (
                 f"row {residual.row} is off by {residual.ratio:.3g} times its tolerance "
-                f"(residual {residual.residual:.3g}, tolerance {residual.tolerance:.3g}); the answer was not used"
+                f"(residual {residual.residual:.3g}, tolerance {residual.tolerance:.3g})"
             )
+            raise self.lie(address, step, name, answer, where)
+
+    def lie(self, address: str, step: int, name: str, answer: Tensor, where: str) -> WorkerLiedError:
+        """The error about a wrong answer."""
+        return WorkerLiedError(
+            f"worker {address} gave a wrong {_WHAT.get(name, name)} of shape {tuple(answer.shape)} in step {step}: "
+            f"{where}; the answer was not used"
+        )
 
 
 def _as_it_arrives(engine: Engine, operand: Tensor) -> Tensor:

@@ -69,6 +69,8 @@ def protect(
     if channels_last:
         model.register_forward_hook(restore_outputs)
     kept = _reasons_to_keep(model, layers, engine, scheme, trusted, offload)
+    if scheme.traits.public_weights:
+        _publish(engine, [module for name, module, _ in supported if name not in kept])
     found = []
     for name, module, entry in supported:
         reason = kept.get(name)
@@ -113,6 +115,17 @@ def unprotect(model: nn.Module) -> None:
         if isinstance(module, Protected):
             del module.__dict__["_tempo"]
             module.__class__ = module._tempo_original  # type: ignore[assignment]
+
+
+def _publish(engine: Engine, modules: Sequence[nn.Module]) -> None:
+    """Take note of the frozen weights of ``modules``, which are public as they are now."""
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() < 2 or parameter.requires_grad or is_lazy(parameter):
+                continue
+            pieces = parameter.chunk(3) if isinstance(module, nn.MultiheadAttention) else ()
+            for weight in (parameter, *pieces):
+                engine.public.add(weight)
 
 
 def _multiplies(module: nn.Module) -> bool:
@@ -161,7 +174,7 @@ def _reasons_to_keep(
     refused = {name for name, module in layers if _refused(scheme, module)}
     careful = engine.settings.placement == "auto"
     by_exposure = []
-    exposed = exposed_layers(model, layers)
+    exposed = {} if scheme.traits.exact else exposed_layers(model, layers)
     for name, found in exposed.items():
         if name in kept or any(_covers(pattern, name) for pattern in offload):
             continue

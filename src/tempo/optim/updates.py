@@ -296,7 +296,7 @@ def _check(scheme: Scheme, kind: Kind, optimizer: torch.optim.Optimizer, engine:
             f"under this scheme workers can run {names(commutes)}; under 'tempo-signed' {names()}; "
             "or use update='trusted'"
         )
-    if engine.verifier.share and not kind.linear:
+    if engine.verifier.policy.share and not kind.linear:
         checked = names(lambda kind: kind.linear and commutes(kind))
         raise UpdateError(
             f"verify={engine.settings.verify!r}: no check follows {name} on weights that this side does not have; "

@@ -7,6 +7,7 @@ from tempo.schemes.base import Scheme
 from tempo.schemes.insecure_plain import InsecurePlain
 from tempo.schemes.mix import Mix
 from tempo.schemes.mix_tuned import MixTuned
+from tempo.schemes.split import Split
 from tempo.schemes.tempo import Tempo
 from tempo.schemes.tempo_signed import TempoSigned
 from tempo.settings import Settings
@@ -19,6 +20,7 @@ REGISTRY: dict[str, type[Scheme]] = {
         TempoSigned,
         Mix,
         MixTuned,
+        Split,
     )
 }
 

@@ -59,6 +59,14 @@ class Operand:
     tensors: dict[str, Tensor]
     rows: slice
     columns: Tensor | None = None
+    stands_for: tuple[int, ...] | None = None
+    """The shape of ``x`` or ``g`` where only a seed of it is sent."""
+    answers: torch.dtype | None = None
+    """What answers have to be of, where neither the settings nor the operand decide."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of operand ``name``."""
+        return self.stands_for or tuple(self.tensors[name].shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +97,11 @@ class Traits:
     """Whether masks of features stay as they are when a weight changes. Then updates on workers give nothing more away,
     and ``update="auto"`` may choose them. Where they are drawn anew, updates on workers would keep them for several
     steps, and show what the optimizer keeps besides."""
+    public_weights: bool = False
+    """Whether weights go out as they are: then only those may that are frozen, and were when they were protected as
+    public ones."""
+    exact: bool = False
+    """Whether the scheme checks answers itself, exactly, and hides what is sent provably."""
     unfolds: bool = False
     """Whether spatial convolutions go out as patches times a matrix (see `tempo.engine.patches`)."""
     public_base_preset: str = ""
@@ -199,7 +212,7 @@ class Scheme(ABC):
     """A way to hide operands from workers. One file and one registry line each."""
 
     name: ClassVar[str]
-    traits: ClassVar[Traits]
+    traits: Traits
 
     @property
     def commutes(self) -> Literal["with any", "with rotations", "not"]:
@@ -214,6 +227,10 @@ class Scheme(ABC):
     def from_settings(cls, settings: Settings) -> Self:
         """The scheme as a session's settings ask for it."""
         return cls()
+
+    def asks(self, product: Product) -> Product:
+        """What workers are asked to compute for ``product``."""
+        return product
 
     def refuses(self, product: Product, x: tuple[int, ...], w: tuple[int, ...]) -> str | None:
         """Why a product of operands of these shapes must stay in the trusted process, or None."""

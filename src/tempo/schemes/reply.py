@@ -11,6 +11,8 @@ from typing import Final, Protocol, Self, final
 import torch
 from torch import Tensor
 
+from tempo.errors import WorkerLiedError
+
 MOST_WATCHED: Final = 8
 """Vectors that rows can be summed with on the way."""
 
@@ -58,6 +60,10 @@ class Reply(ABC):
         """
 
     @abstractmethod
+    def wrong(self, row: int) -> WorkerLiedError:
+        """The error that says that this answer is wrong in ``row``, to be raised where a scheme checks it itself."""
+
+    @abstractmethod
     def read(self, unmask: Unmask) -> None:
         """Have ``unmask`` read the answer; it may be called twice.
 
@@ -77,6 +83,10 @@ class Passed(Reply):
     def checked(self) -> Tensor:
         """The answer."""
         return self._tensor
+
+    def wrong(self, row: int) -> WorkerLiedError:
+        """There is no worker to name."""
+        return WorkerLiedError(f"an answer of shape {tuple(self.shape)} is wrong in row {row}")
 
     def read(self, unmask: Unmask) -> None:
         """Once."""

@@ -20,7 +20,7 @@ from tempo.schemes.reply import MOST_WATCHED
 from tempo.verify.norms import lengths as lengths_of
 from tempo.verify.sums import Sums, of_both, of_rows, pieces
 from tempo.verify.taps import pull, push
-from tempo.wire.messages import Conv, Linear, Product
+from tempo.wire.messages import Conv, Product
 
 
 class Form(ABC):
@@ -81,7 +81,7 @@ class Form(ABC):
 
 def form(product: Product, work: torch.dtype) -> Form:
     """The form of ``product``, with sums in ``work``: float32 or float64."""
-    return Matrices(work) if isinstance(product, Linear) else Convolutions(product, work)
+    return Convolutions(product, work) if isinstance(product, Conv) else Matrices(work)
 
 
 @final

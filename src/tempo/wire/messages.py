@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Version of everything in this file; a hello with another one is refused."""
 
 DType = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "mxint8"]
@@ -73,7 +73,15 @@ class Conv(_Struct, frozen=True, tag="conv"):
     channels_last: bool = False
 
 
-Product = Linear | Conv
+class Residues(_Struct, frozen=True, tag="residues"):
+    """``Y = X Wᵀ mod p`` exactly: x (T×d), g, y and dx are residues in int32, w (m×d) is int8 or int16.
+
+    ``p`` and residues are those of `tempo.wire.residues`. There is no ``dw``. Instead of ``x`` or ``g`` may come a
+    ``seed``, 32 bytes of uint8, of which the worker expands it.
+    """
+
+
+Product = Linear | Conv | Residues
 
 
 # --- optimizers that a worker may run on a stored weight: hyper-parameters of one step, named as in torch.optim ---

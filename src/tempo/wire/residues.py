@@ -1,7 +1,7 @@
 """Integers mod p in which scheme `split` computes, and the shares that both sides expand from a seed.
 
-A residue is the representative of least magnitude, ``|v| ≤ HALF``, as int32. ``p`` is the largest prime below 2^32: every
-residue is a word that travels as it is, and every word but five is a residue.
+A residue is the representative of least magnitude, ``|v| ≤ HALF``, as int32. ``p`` is the largest prime below 2^32:
+every residue is a word that travels as it is, and every word but five is a residue.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Words:
         self._encryptor = Cipher(algorithms.AES(seed), modes.CTR(counter)).encryptor()
 
     def fill(self, out: NDArray[np.int32]) -> None:
-        view = memoryview(out).cast("B")
+        view = out.view(np.uint8).data
         for start in range(0, len(view), len(_ZEROS)):
             part = view[start : start + len(_ZEROS)]
             self._encryptor.update_into(_ZEROS[: len(part)], part)

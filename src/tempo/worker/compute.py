@@ -13,9 +13,11 @@ from torch import Tensor
 
 from tempo.wire.layout import meant, meant_shape, sent_shape
 from tempo.wire.memory import Block
-from tempo.wire.messages import Conv, Linear, Product, Rule, Shape
+from tempo.wire.messages import Conv, Linear, Product, Residues, Rule, Shape
+from tempo.wire.residues import expand
 from tempo.worker.budget import Account
 from tempo.worker.device import Device, Host, open_device
+from tempo.worker.modular import multiply
 from tempo.worker.refusal import Refusal
 from tempo.worker.turns import Turns
 from tempo.worker.update import apply
@@ -60,6 +62,10 @@ class Compute(ABC):
     @abstractmethod
     def zeros(self, like: Tensor, account: Account) -> Kept:
         """Zeros of the shape and dtype of ``like``, which was kept."""
+
+    @abstractmethod
+    def expand(self, seed: bytes, out: Tensor) -> None:
+        """The residues that ``seed`` stands for, into host memory."""
 
     @abstractmethod
     def forward(self, product: Product, x: Tensor, w: Tensor, out: Tensor) -> None:
@@ -143,8 +149,16 @@ class TorchCompute(Compute):
             account.release(size)
             raise
 
+    def expand(self, seed: bytes, out: Tensor) -> None:
+        """By AES-CTR."""
+        with self._turn():
+            expand(seed, out)
+
     def forward(self, product: Product, x: Tensor, w: Tensor, out: Tensor) -> None:
         """``x wᵀ``, or the convolution."""
+        if isinstance(product, Residues):
+            self._multiply_residues(x, w.t(), out)
+            return
         x, out = meant(product, "x", x), meant(product, "y", out)
         x, w = self._operands(product, x, w)
         for rows in self._parts(product, out, out, w):
@@ -156,6 +170,9 @@ class TorchCompute(Compute):
 
     def input_gradient(self, product: Product, g: Tensor, w: Tensor, out: Tensor) -> None:
         """``g w``, or the convolution's."""
+        if isinstance(product, Residues):
+            self._multiply_residues(g, w, out)
+            return
         g, out = meant(product, "g", g), meant(product, "dx", out)
         g, w = self._operands(product, g, w)
         for rows in self._parts(product, out, g, w):
@@ -172,7 +189,7 @@ class TorchCompute(Compute):
         g, x = self._operands(product, g, x)
         for rows in self._parts(product, out, g, out):
             with self._turn():
-                if isinstance(product, Linear):
+                if not isinstance(product, Conv):
                     self._multiply(g[:, rows].t(), x, out[rows])
                 else:
                     shape_only = x.new_empty(1).expand(out[rows].shape)
@@ -241,6 +258,12 @@ class TorchCompute(Compute):
             a, b = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
         return a, b
 
+    def _multiply_residues(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        a = self.device.upload(a)
+        for rows in self._parts(Linear(), out, out, b.t()):
+            with self._turn():
+                multiply(a[rows], b, out[rows])
+
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         if out.device == a.device and out.dtype == a.dtype:
             torch.mm(a, b, out=out)
@@ -254,10 +277,10 @@ def output_shape(product: Product, x: Shape, w: Shape) -> Shape:
     Raises:
         Refusal: The operands do not fit the product.
     """
-    if isinstance(product, Linear):
+    if not isinstance(product, Conv):
         if len(x) == 2 and len(w) == 2 and x[1] == w[1]:
             return x[0], w[0]
-        raise Refusal("bad-request", f"linear product of x{list(x)} and w{list(w)}")
+        raise Refusal("bad-request", f"product of x{list(x)} and w{list(w)}")
     axes, sent_x, x = len(product.stride), x, meant_shape(product, "x", x)
     fits = (
         1 <= axes == len(product.padding) == len(product.dilation) == len(x) - 2 == len(w) - 2

@@ -24,7 +24,9 @@ from tempo.wire.messages import (
     Forget,
     Forward,
     Probe,
+    Product,
     Request,
+    Residues,
     Result,
     Shape,
     Store,
@@ -32,6 +34,7 @@ from tempo.wire.messages import (
     ToWorker,
     Update,
 )
+from tempo.wire.residues import SEED_BYTES
 from tempo.wire.shared import MappedSegments
 from tempo.wire.tensors import DTYPES, PACKED, raw, size_of
 from tempo.worker.budget import Account
@@ -181,6 +184,22 @@ class Executor:
         if packed.block is not None:
             self._account.pool.give(packed.block)
 
+    def _expand(
+        self, message: Forward | Backward, name: str, shapes: list[Shape], incoming: dict[str, Incoming]
+    ) -> None:
+        """Put the operand ``name`` in the place of its seed."""
+        came = incoming["seed"].tensor
+        if not isinstance(message.product, Residues) or name in incoming or len(shapes) != 1:
+            raise Refusal("bad-request", f"a seed instead of {name!r} is for residues, and one answer")
+        if tuple(came.shape) != (SEED_BYTES,) or came.dtype != torch.uint8:
+            raise Refusal("bad-request", f"a seed of {list(came.shape)} {came.dtype}, not {SEED_BYTES} bytes")
+        block = self._account.pool.take(4 * math.prod(shapes[0]))
+        incoming[name] = Incoming(block.tensor(shapes[0], torch.int32), block)
+        self._compute.expand(came.numpy().tobytes(), incoming[name].tensor)
+        seed = incoming.pop("seed")
+        if seed.block is not None:
+            self._account.pool.give(seed.block)
+
     def _destination(self, ref: TensorRef, blocks: ExitStack) -> Tensor:
         if ref.segment >= 0 and self._segments is not None:
             if not self._segments.writable(ref.segment):
@@ -230,8 +249,12 @@ class Executor:
         return Plan(self._numbers.put_weight(message.weight, incoming))
 
     def _plan_forward(self, message: Forward, incoming: dict[str, Incoming]) -> Plan:
+        w = self._numbers.weight(message.weight)
+        if "seed" in incoming:
+            self._expand(message, "x", [(ref.shape[0], w.shape[1]) for ref in message.wants if ref.shape], incoming)
         _expect(message, incoming, ["x"], ["y"])
-        w, x = self._numbers.weight(message.weight), incoming["x"].tensor
+        x = incoming["x"].tensor
+        _expect_numbers(message.product, x, w, message.wants)
         shape = output_shape(message.product, tuple(x.shape), tuple(w.shape))
         for ref in message.wants:
             _expect_shape(ref.name, ref.shape, shape)
@@ -240,7 +263,13 @@ class Executor:
         return Plan({"x": x}, [(ref, partial(self._compute.forward, message.product, x, w)) for ref in message.wants])
 
     def _plan_backward(self, message: Backward, incoming: dict[str, Incoming]) -> Plan:
-        _expect(message, incoming, ["g"], ["dx"] if message.accumulate else ["dx", "dw"])
+        if "seed" in incoming:
+            outputs = len(self._numbers.weight(message.weight))
+            self._expand(message, "g", [(ref.shape[0], outputs) for ref in message.wants if ref.shape], incoming)
+        one_way = message.accumulate or isinstance(message.product, Residues)
+        _expect(message, incoming, ["g"], ["dx"] if one_way else ["dx", "dw"])
+        if message.wants and one_way:
+            _expect_numbers(message.product, incoming["g"].tensor, self._numbers.weight(message.weight), message.wants)
         g = self._compute.device.upload(incoming["g"].tensor)
         plan = Plan({"g": g}, change=self._accumulation(message, g) if message.accumulate else None)
         for ref in message.wants:
@@ -303,6 +332,15 @@ def _expect(message: Request, incoming: dict[str, Incoming], tensors: list[str],
     """Exactly these tensors, and no wants but these."""
     if sorted(incoming) != sorted(tensors) or any(ref.name not in wants for ref in message.wants):
         raise Refusal("bad-request", f"a {type(message).__name__} takes {tensors} and answers {wants}")
+
+
+def _expect_numbers(product: Product, operand: Tensor, w: Tensor, wants: tuple[TensorRef, ...]) -> None:
+    """Residues times small integers are residues."""
+    if not isinstance(product, Residues):
+        return
+    found = [operand.dtype, *(DTYPES[ref.dtype] for ref in wants)]
+    if set(found) != {torch.int32} or w.dtype not in (torch.int8, torch.int16):
+        raise Refusal("bad-request", f"residues as {found}, their weight as {w.dtype}")
 
 
 def _expect_shape(name: str, actual: Shape, expected: Shape) -> None:

@@ -142,6 +142,10 @@ class LyingCompute(Compute):
         """Honestly."""
         return self._honest.zeros(like, account)
 
+    def expand(self, seed: bytes, out: Tensor) -> None:
+        """Honestly."""
+        self._honest.expand(seed, out)
+
     def forward(self, product: Product, x: Tensor, w: Tensor, out: Tensor) -> None:
         """``y``, or a lie."""
         self._honest.forward(product, x, w, out)

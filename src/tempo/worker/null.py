@@ -35,6 +35,9 @@ class NullCompute(Compute):
         """Only the shape."""
         return Kept(torch.empty_like(like), lambda: None)
 
+    def expand(self, seed: bytes, out: Tensor) -> None:
+        """Nothing."""
+
     def forward(self, product: Product, x: Tensor, w: Tensor, out: Tensor) -> None:
         """Something."""
         self.fill(out)
