@@ -52,10 +52,19 @@ class Summary:
 
     def __init__(self, engine: Engine, layers: Sequence[ProtectedLayer], models: Sequence[ProtectedModel] = ()) -> None:
         self.models = list(models)
+        shared = [m.scheme for m in models if m.scheme.traits.exact]
         self.workers = [
-            f"{link.address} ({link.welcome.device}), {engine.crew.share(number):.0%} of the rows"
+            f"{link.address} ({link.welcome.device}), "
+            + ("a share of every row" if shared else f"{engine.crew.share(number):.0%} of the rows")
             for number, link in enumerate(engine.links)
         ]
+        operators = list(dict.fromkeys(engine.links[number].address.operator for number in engine.crew.present))
+        least = max((scheme.traits.min_workers for scheme in shared), default=0)
+        self.colluding = (
+            f"any {least} of the operators {', '.join(operators)} would have to put together what they see"
+            if shared
+            else ""
+        )
         self.lines = [_line(layer, layer.site) for layer in layers if layer.site is not None]
         self.unsupported = [f"{layer.name} ({type(layer.module).__name__})" for layer in layers if layer.site is None]
 
@@ -81,6 +90,8 @@ class Summary:
         if self.unsupported:
             yield Text(f"of no supported type, so trusted: {', '.join(self.unsupported)}")
         yield Text(f"workers: {'; '.join(self.workers)}")
+        if self.colluding:
+            yield Text(self.colluding)
         yield (
             f"{self.offloaded_share:.1%} of these layers' forward FLOPs went to workers. "
             "Attention products, softmax, norms and all else stay trusted; session.trusted_products(model) lists them."

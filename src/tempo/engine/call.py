@@ -132,7 +132,8 @@ class Call:
             check = self.checks.get(operand.worker)
             fields: dict[str, Any] = {"weight": self.stored.number, "operand": self.operand, "product": kind}
             batch.post(operand, Forward, wants, {"y": check.output_check()} if check else None, **fields)
-            engine.stats.flops_offloaded += flops(kind, shape_x, shape_w)
+            if operand.stands_for is None:  # products of a seed are of no use by themselves
+                engine.stats.flops_offloaded += flops(kind, shape_x, shape_w)
         return batch
 
     def finish(self, batch: Batch, x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -298,7 +299,8 @@ class Call:
             batch.post(
                 operand, Backward, wants, {name: by_name[name]() for name in wants if check}, **fields, **accumulate
             )
-            engine.stats.flops_offloaded += (want_dx + want_dw) * flops(kind, shape_x, shape_w)
+            if operand.stands_for is None:
+                engine.stats.flops_offloaded += (want_dx + want_dw) * flops(kind, shape_x, shape_w)
         self._confirm()
         if not (want_dx or answered):
             self.stored.unconfirmed.append(batch)

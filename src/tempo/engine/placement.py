@@ -123,7 +123,7 @@ class Planner:
         filled = scheme.rows_sent(x[0]) / x[0]  # with the rows that a scheme adds
         one_pass = flops(product, x, w)
         passes = 1 + want_dx + want_dw
-        inputs, outputs = prod(x) * filled * rates.copies, prod(output_shape(product, x, w)) * filled
+        inputs, outputs = prod(x) * filled, prod(output_shape(product, x, w)) * filled
         up, down = {"x": inputs}, {"y": outputs}
         if want_dw or scheme.traits.fresh_every_call:  # an unchanged weight is masked once, if its masks are kept
             up["w"] = prod(w)
@@ -133,6 +133,7 @@ class Planner:
             down["dx"] = inputs
         if want_dw:
             down["dw"] = prod(w)
+        up, down = rates.travelling(up), rates.travelling(down)
         mask, check = rates.seconds(up | down, self._checked)
         if want_dw:  # what added rows contribute to the weight gradient is computed here, and taken off
             mask += one_pass * (filled - 1) * rates.flop
@@ -174,12 +175,13 @@ class Planner:
         upload = sum(m.upload_bytes_per_s for m in self.measurements)
         download = sum(m.download_bytes_per_s for m in self.measurements)
         one_pass = flops(Linear(), x, w) / sum(m.flops_per_s for m in self.measurements)
-        rows_x, rows_y, more = prod(x) * rates.copies, x[0] * w[0], {"x": 0, "y": 0}
-        there = size * (rows_x / upload + rows_y / download) + one_pass
-        hidden = min(sum(rates.seconds({"x": rows_x, "y": rows_y}, self._checked)), there)
+        n = rates.travelling({"x": prod(x), "y": x[0] * w[0], "g": x[0] * w[0], "dx": prod(x)})
+        there = size * (n["x"] / upload + n["y"] / download) + one_pass
+        hidden = min(sum(rates.seconds({name: n[name] for name in ("x", "y")}, self._checked)), there)
+        more = {"x": 0, "y": 0}
         if training:
-            back = size * (rows_y / upload + rows_x / download) + one_pass
-            hidden += min(sum(rates.seconds({"g": rows_y, "dx": rows_x}, self._checked)), back)
+            back = size * (n["g"] / upload + n["dx"] / download) + one_pass
+            hidden += min(sum(rates.seconds({name: n[name] for name in ("g", "dx")}, self._checked)), back)
             more |= {"g": 0, "dx": 0, "dw": prod(w)}
         extra = sum(rates.seconds(more, self._checked)) + (1 + training) * max(m.latency_s for m in self.measurements)
         return hidden, extra + size * more.get("dw", 0) / download

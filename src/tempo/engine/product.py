@@ -211,7 +211,8 @@ class Product:
         engine, stored = self.engine, self._stored
         lasting, public = not self.scheme.traits.fresh_every_call, self.scheme.traits.public_weights
         with engine.stats.timed("mask", "w", self.name):
-            fingerprint = [Fingerprint(w) for w in sources] if lasting else []
+            look = engine.public.fingerprint if public else Fingerprint  # `Site.secret` has just looked at public ones
+            fingerprint = [look(w) for w in sources] if lasting else []
         if (
             lasting
             and stored is not None

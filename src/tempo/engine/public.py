@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from tempo.engine.fingerprint import Fingerprint
+
 
 class PublicWeights:
     """Tells whether a weight may be sent as it is.
@@ -17,14 +19,29 @@ class PublicWeights:
 
     def __init__(self) -> None:
         self._digests: set[bytes] = set()
+        self._seen: dict[tuple[object, ...], Fingerprint] = {}
 
     def add(self, weight: Tensor) -> None:
         """Take note of a public weight."""
         self._digests.add(_digest(weight))
 
     def holds(self, weight: Tensor) -> bool:
-        """Whether it is one of these, be it transposed or flattened."""
-        return _digest(weight) in self._digests
+        """Whether it is one of these, be it transposed or flattened: looked at each time, thoroughly if it changed."""
+        place, found = _place(weight), Fingerprint(weight)
+        if self._seen.get(place) == found:
+            return True
+        if _digest(weight) not in self._digests:
+            return False
+        self._seen[place] = found
+        return True
+
+    def fingerprint(self, weight: Tensor) -> Fingerprint:
+        """As it was when `holds` last found it public, the same object until it changes."""
+        return self._seen[_place(weight)]
+
+
+def _place(weight: Tensor) -> tuple[object, ...]:
+    return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
 
 
 def _digest(weight: Tensor) -> bytes:

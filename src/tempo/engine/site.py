@@ -14,7 +14,6 @@ from torch.autograd import forward_ad
 from tempo.engine.autograd import offload
 from tempo.engine.away import residence_of
 from tempo.engine.dtypes import WIRE_DTYPES, compute_dtype
-from tempo.engine.fingerprint import Fingerprint
 from tempo.engine.geometry import flops, output_shape
 from tempo.engine.patches import patches
 from tempo.engine.placement import Decision
@@ -70,7 +69,6 @@ class Site:
         self._products: dict[Linear | Conv, Product] = {}
         self._stash: Stash | None = None
         self._span_warned = False
-        self._public: Fingerprint | None = None
         self.outputs = 0
         """Output features, once it was called."""
         self._cost = 0
@@ -215,11 +213,8 @@ class Site:
             return None
         if weight.requires_grad:
             return f"its weight is trained, and scheme {self.scheme.name!r} sends weights as they are"
-        if (found := Fingerprint(weight)) == self._public:
-            return None
         if not self.engine.public.holds(weight):
             return "its weight is not the public one any more (were adapters merged into it?)"
-        self._public = found
         return None
 
     def stays(self, x: Tensor, weight: Tensor) -> bool:
