@@ -25,8 +25,15 @@ BOUNDS_WITH_CLOAK = BOUNDS | {torch.float32: 2e-5}
 """A cloak is added and taken off again."""
 
 _BLOCKS = {"mix_block": 2, "mix_row_block": 2, "insecure_small_blocks": True}
-SMALL = {"mix": _BLOCKS, "mix-tuned": _BLOCKS | {"mix_cloak": 1, "mix_shield_rows": 1}}
+SMALL = {
+    "mix": _BLOCKS,
+    "mix-tuned": _BLOCKS | {"mix_cloak": 1, "mix_shield_rows": 1},
+    "split": {"base": "public", "split_weight_bits": 16},
+}
 """Settings that fit generated shapes; layers with fewer features than these stay trusted."""
+
+BOUNDS_OF_INTEGERS = dict.fromkeys(BOUNDS, 3e-4)
+"""Weights of 16 bits, rows of some more: so are layers, whatever dtype they compute in."""
 
 
 def run(case: Case, module: nn.Module, dtype: torch.dtype, training: bool, g: Tensor) -> list[Tensor]:
@@ -43,14 +50,25 @@ def run(case: Case, module: nn.Module, dtype: torch.dtype, training: bool, g: Te
     return [y.detach(), x.grad, *(grad for grad in gradients if grad is not None)]
 
 
-def mixable(module: nn.Module, block: int, scheme: str) -> bool:
+def freeze(module: nn.Module) -> None:
+    """What scheme `split` sends: matrices that are not trained."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.dim() < 2)
+
+
+def goes_out(module: nn.Module, scheme: str) -> bool:
     """Whether every product of ``module`` has a block of features on both sides, and can be unfolded if it must be."""
-    return all(
-        min(p.shape[1], p.shape[0] // getattr(m, "groups", 1)) >= block
-        and (scheme != "mix-tuned" or getattr(m, "groups", 1) == 1 or p[0, 0].numel() == 1)
+    matrices = [
+        (getattr(m, "groups", 1), p)
         for m in module.modules()
         for name, p in m.named_parameters(recurse=False)
         if name.endswith("weight") and p.dim() > 1
+    ]
+    if scheme == "split":
+        return all(groups == 1 for groups, _ in matrices)
+    return scheme not in SMALL or all(
+        min(p.shape[1], p.shape[0] // groups) >= 2 and (scheme != "mix-tuned" or groups == 1 or p[0, 0].numel() == 1)
+        for groups, p in matrices
     )
 
 
@@ -63,10 +81,13 @@ def error(actual: Tensor, expected: Tensor, scale: float) -> float:
 @pytest.mark.parametrize("layer", CASES)
 @pytest.mark.parametrize("scheme", schemes.names())
 def test_layers_give_the_numbers_of_plain_pytorch(connect, scheme, layer, workers_used):
-    # Workers of two operators, for schemes that then divide features between them.
-    operators = min(workers_used, schemes.create(scheme).traits.operators)
+    # Workers of two operators, for schemes that then divide features between them, or need them.
+    traits = schemes.create(scheme).traits
+    operators = min(workers_used, traits.operators)
+    if (traits.distinct_operators and workers_used != operators) or operators < traits.min_workers:
+        pytest.skip("needs as many workers as operators")
     session = connect(workers_used, operators, scheme=scheme, **SMALL.get(scheme, {}))
-    bounds = BOUNDS_WITH_CLOAK if scheme == "mix-tuned" else BOUNDS
+    bounds = {"mix-tuned": BOUNDS_WITH_CLOAK, "split": BOUNDS_OF_INTEGERS}.get(scheme, BOUNDS)
     session._engine.crew.shares = [0.5, 0.3, 0.2][:workers_used]
 
     @settings(settings.get_profile("conformance"))
@@ -75,6 +96,8 @@ def test_layers_give_the_numbers_of_plain_pytorch(connect, scheme, layer, worker
         torch.manual_seed(0)
         case = CASES[layer](data.draw)
         reference = copy.deepcopy(case.module)
+        if traits.public_weights:
+            freeze(reference)
         with torch.no_grad():
             g = torch.randn_like(case.call(reference, case.x))
         exact = run(case, copy.deepcopy(reference), torch.float64, training, g)
@@ -82,11 +105,11 @@ def test_layers_give_the_numbers_of_plain_pytorch(connect, scheme, layer, worker
         # Attention and normalisation can cancel almost to zero; errors are relative to the largest result then.
         scale = 1e-3 * max(float(t.norm()) for t in exact)
         before = session.stats()
-        protected = session.protect(copy.deepcopy(reference))
+        protected = session.protect(copy.deepcopy(reference).to(dtype))
         for _ in range(2):  # the second time, layers that share their input do
             results = run(case, protected, dtype, training, g)
         used = session.stats() - before
-        if scheme not in SMALL or mixable(reference, 2, scheme):
+        if goes_out(reference, scheme):
             assert used.flops_trusted == 0
             assert used.flops_offloaded > 0
             assert used.encryptions["x"] > 0

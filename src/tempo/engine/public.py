@@ -41,7 +41,8 @@ class PublicWeights:
 
 
 def _place(weight: Tensor) -> tuple[object, ...]:
-    return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+    """The same for a kernel and its taps flattened."""
+    return weight.data_ptr(), len(weight), weight.numel(), weight.dtype
 
 
 def _digest(weight: Tensor) -> bytes:

@@ -119,12 +119,13 @@ class Site:
         if self.stays(x, weight):
             return trusted()
         unfolds = self.engine.settings.unfold or self.scheme.traits.unfolds
-        if unfolds and kind.groups == 1 and any(size > 1 for size in weight.shape[2:]):
+        pointwise = kind.groups == 1 and all(size == 1 for size in weight.shape[2:]) and not any(kind.padding)
+        if unfolds and kind.groups == 1 and not pointwise:
             return self._unfolded(x, weight, bias, kind, trusted)
         if not self._goes_out(kind, tuple(x.shape), x, weight):
             self._stay(x, weight)
             return trusted()
-        if kind.groups == 1 and all(size == 1 for size in weight.shape[2:]) and not any(kind.padding):
+        if pointwise:
             return self._pointwise(x, weight, bias, kind)
         if broken := self.scheme.traits.known_breaks.get("spatial-convolution"):
             self.engine.warn_once(f"scheme {self.scheme.name!r}: {broken}", ProtectionWarning)
@@ -214,7 +215,7 @@ class Site:
         if weight.requires_grad:
             return f"its weight is trained, and scheme {self.scheme.name!r} sends weights as they are"
         if not self.engine.public.holds(weight):
-            return "its weight is not the public one any more (were adapters merged into it?)"
+            return "its weight is not the one that was protected as public (adapters merged into it, another dtype?)"
         return None
 
     def stays(self, x: Tensor, weight: Tensor) -> bool:

@@ -120,10 +120,11 @@ def unprotect(model: nn.Module) -> None:
 def _publish(engine: Engine, modules: Sequence[nn.Module]) -> None:
     """Take note of the frozen weights of ``modules``, which are public as they are now."""
     for module in modules:
-        for parameter in module.parameters(recurse=False):
-            if parameter.dim() < 2 or parameter.requires_grad or is_lazy(parameter):
+        attention = isinstance(module, nn.MultiheadAttention)
+        for parameter in module.parameters(recurse=attention):
+            if is_lazy(parameter) or parameter.dim() < 2 or parameter.requires_grad:
                 continue
-            pieces = parameter.chunk(3) if isinstance(module, nn.MultiheadAttention) else ()
+            pieces = parameter.chunk(3) if attention else ()
             for weight in (parameter, *pieces):
                 engine.public.add(weight)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Final, Self, final
 
 import torch
@@ -90,10 +91,10 @@ class Split(Scheme):
 
     def refuses(self, product: Product, x: tuple[int, ...], w: tuple[int, ...]) -> str | None:
         """Only fully connected layers, and convolutions as patches; and none so large that rows would have few bits."""
-        if isinstance(product, Conv):
-            return "scheme 'split' sends convolutions without groups only"
+        if isinstance(product, Conv) and product.groups > 1:
+            return "scheme 'split' sends no convolutions with groups"
         largest = 1 << (self.bits - 1)
-        if any(largest * features**0.5 > most_omega(features) for features in w):
+        if any(largest * features**0.5 > most_omega(features) for features in (w[0], prod(w[1:]))):
             return f"too many features for weights of {self.bits} bits"
         return None
 
