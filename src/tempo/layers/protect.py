@@ -124,7 +124,8 @@ def _publish(engine: Engine, modules: Sequence[nn.Module]) -> None:
         for parameter in module.parameters(recurse=attention):
             if is_lazy(parameter) or parameter.dim() < 2 or parameter.requires_grad:
                 continue
-            pieces = parameter.chunk(3) if attention else ()
+            # Self-attention reads one projection at a time, attention to something else keys and values together.
+            pieces = (*parameter.chunk(3), parameter[len(parameter) // 3 :]) if attention else ()
             for weight in (parameter, *pieces):
                 engine.public.add(weight)
 
