@@ -33,5 +33,6 @@ void bind_haar(nb::module_ &m);
 void bind_sandwich(nb::module_ &m);
 void bind_sums(nb::module_ &m);
 void bind_layers(nb::module_ &m);
+void bind_shares(nb::module_ &m);
 
 }  // namespace tempo

@@ -6,6 +6,7 @@
 #include "sums.h"
 #include "activation.h"
 #include "attention.h"
+#include "keystream.h"
 
 #define TEMPO_STRING(x) #x
 #define TEMPO_NAME(x) TEMPO_STRING(x)
@@ -22,6 +23,11 @@ const Table &table() {
         .activation = activation,
         .attend = attend,
         .differentiate_attention = differentiate_attention,
+#if defined(__AES__)
+        .expand = expand,
+#else
+        .expand = nullptr,
+#endif
     };
     return found;
 }

@@ -11,11 +11,13 @@ std::vector<const Table *> supported() {
     std::vector<const Table *> found;
 #if defined(TEMPO_HAS_avx512)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c") &&
+        __builtin_cpu_supports("aes"))
         found.push_back(&tempo::avx512::table());
 #endif
 #if defined(TEMPO_HAS_avx2)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+        __builtin_cpu_supports("aes"))
         found.push_back(&tempo::avx2::table());
 #endif
     found.push_back(&tempo::generic::table());
@@ -47,4 +49,5 @@ NB_MODULE(_kernels, m) {
     tempo::bind_sandwich(m);
     tempo::bind_sums(m);
     tempo::bind_layers(m);
+    tempo::bind_shares(m);
 }

@@ -33,6 +33,12 @@ inline Vector load(const float *from) {
     return v;
 }
 
+inline Integers load_integers(const int32_t *from) {
+    Integers v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
 inline void store(float *to, Vector v) { std::memcpy(to, &v, sizeof v); }
 
 inline Vector broadcast(float value) { return value - Vector{}; }

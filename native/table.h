@@ -5,6 +5,7 @@
 #include "sandwich_types.h"
 #include "sums_types.h"
 #include "layers_types.h"
+#include "shares_types.h"
 
 namespace tempo {
 
@@ -17,6 +18,7 @@ struct Table {
     void (*activation)(Activation kind, const float *x, const float *g, float *out, int64_t size);
     void (*attend)(const Attention &);
     void (*differentiate_attention)(const Attention &);
+    void (*expand)(const Expansion &);  // null without instructions for AES
 };
 
 #define TEMPO_FOR_EACH_ISA(apply) apply(generic) apply(avx2) apply(avx512)

@@ -6,6 +6,8 @@ every residue is a word that travels as it is, and every word but five is a resi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Final
 
 import numpy as np
@@ -14,12 +16,18 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tempo import kernels
+
 P: Final = (1 << 32) - 5
 HALF: Final = (P - 1) // 2
 """The largest residue; the least is its negative."""
 
 SEED_BYTES: Final = 32
 
+_BLOCK: Final = 4
+"""Words of a block of AES."""
+_LEAST: Final = 1 << 16
+"""Blocks that are worth a thread."""
 _ZEROS: Final = bytes(1 << 16)
 _FIRST: Final = bytes(16)
 _AGAIN: Final = bytes([0x80]) + bytes(15)
@@ -40,13 +48,14 @@ class _Words:
         if not np.little_endian:
             out.byteswap(inplace=True)
 
-    def one(self, half: int) -> int:
-        """The next word that is no larger than ``half``."""
-        word = np.empty(1, np.int32)
-        while True:
-            self.fill(word)
-            if abs(int(word[0])) <= half:
-                return int(word[0])
+
+def replacements(seed: bytes, half: int = HALF) -> Iterator[int]:
+    """What takes the places of words of ``seed`` that were refused, in ascending order of their elements."""
+    words, word = _Words(seed, _AGAIN), np.empty(1, np.int32)
+    while True:
+        words.fill(word)
+        if abs(int(word[0])) <= half:
+            yield int(word[0])
 
 
 def expand(seed: bytes, out: Tensor, half: int = HALF) -> Tensor:
@@ -69,13 +78,33 @@ def expand(seed: bytes, out: Tensor, half: int = HALF) -> Tensor:
         )
     if not out.numel():
         return out
-    words = out.view(-1).numpy()
-    _Words(seed, _FIRST).fill(words)
-    if int(words.min()) < -half or int(words.max()) > half:
-        again = _Words(seed, _AGAIN)
-        for i in np.flatnonzero((words < -half) | (words > half)):
-            words[i] = again.one(half)
+    words = out.view(-1)
+    native = kernels.native()
+    refused = _natively(native, seed, words, half) if native and native.shares() else _in_numpy(seed, words, half)
+    for i, word in zip(refused, replacements(seed, half), strict=False):
+        words[i] = word
     return out
+
+
+def _natively(native: ModuleType, seed: bytes, words: Tensor, half: int) -> list[int]:
+    """Fill ``words`` from counter 0; which of them are none that is wanted."""
+    refused: list[int] = []
+
+    def part(first: int, last: int) -> None:
+        refused.extend(native.expand(seed, first, words[first * _BLOCK : last * _BLOCK], half))
+
+    kernels.in_parts(part, -(-words.numel() // _BLOCK), _LEAST)
+    return sorted(refused)
+
+
+def _in_numpy(seed: bytes, words: Tensor, half: int) -> list[int]:
+    """The same."""
+    found = words.numpy()
+    _Words(seed, _FIRST).fill(found)
+    if int(found.min()) >= -half and int(found.max()) <= half:
+        return []
+    refused: list[int] = np.flatnonzero((found < -half) | (found > half)).tolist()
+    return refused
 
 
 def reduce_(v: Tensor) -> Tensor:
