@@ -3,10 +3,25 @@
 namespace {
 
 using tempo::require;
+using Matrix = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
 template <typename T>
 using Line = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <typename T>
+using Lines = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Vectors = std::optional<Lines<const int32_t>>;
+using Sums = std::optional<Lines<int64_t>>;
 
-constexpr size_t kSeed = 32;  // bytes
+// Numbers from the start of a cache line on.
+template <typename T>
+class Memory {
+  public:
+    explicit Memory(int64_t count) : all(count + kLine / sizeof(T)) {}
+    T *get() const { return reinterpret_cast<T *>((uintptr_t(all.data()) + kLine - 1) / kLine * kLine); }
+
+  private:
+    static constexpr size_t kLine = 64;
+    std::vector<T> all;
+};
 
 // A seed's number and an element, for every word that was refused.
 using Refused = std::vector<std::tuple<int, int64_t>>;
@@ -16,7 +31,7 @@ tempo::Refusals refusals(Refused &to) {
 }
 
 const uint8_t *bytes_of(const nb::bytes &seed) {
-    require(seed.size() == kSeed, "a seed has 32 bytes");
+    require(seed.size() == tempo::kSeedBytes, "a seed has 32 bytes");
     return static_cast<const uint8_t *>(seed.data());
 }
 
@@ -37,6 +52,52 @@ std::vector<int64_t> expand(const nb::bytes &seed, int64_t block, const Line<int
     return elements;
 }
 
+tempo::FieldSums field_sums(const Vectors &vectors, const Sums &sums, int64_t rows, int64_t columns) {
+    if (!vectors) return {0, columns, nullptr, nullptr, nullptr};
+    require(sums.has_value(), "sums have to go somewhere");
+    require(int64_t(vectors->shape(0)) <= tempo::kMostFieldVectors && int64_t(vectors->shape(1)) == columns,
+            "vectors have to be as long as rows, and not too many");
+    require(int64_t(sums->shape(0)) == rows && sums->shape(1) == vectors->shape(0),
+            "sums have to be one per row and vector");
+    return {int(vectors->shape(0)), columns, vectors->data(), sums->data(), nullptr};
+}
+
+// The seed's number and the element, for every word that was refused.
+Refused share(const Matrix &x, const std::optional<Line<const float>> &scales, double ratio, float least_step,
+              const std::vector<nb::bytes> &seeds, int64_t first, const Lines<int32_t> &out, const Lines<float> &steps,
+              const Vectors &vectors, const Sums &sums) {
+    require(shares(), "these kernels cannot expand seeds");
+    Refused refused;
+    tempo::Shares s{};
+    s.x = x.data();
+    s.half = tempo::is_bfloat16(x.dtype());
+    require(s.half || x.dtype() == nb::dtype<float>(), "rows are float32 or bfloat16");
+    s.rows = int64_t(x.shape(0)), s.columns = int64_t(x.shape(1)), s.stride = x.stride(0);
+    require(s.columns <= 1 || x.stride(1) == 1, "rows have to be contiguous");
+    require(!scales || int64_t(scales->shape(0)) == s.columns, "scales have to be as many as columns");
+    s.scales = scales ? scales->data() : nullptr;
+    s.ratio = ratio, s.least_step = least_step;
+    require(seeds.size() <= size_t(tempo::kMostSeeds), "there are too many seeds");
+    std::vector<uint8_t> keys;
+    for (const nb::bytes &seed : seeds) keys.insert(keys.end(), bytes_of(seed), bytes_of(seed) + tempo::kSeedBytes);
+    s.seeds = int(seeds.size()), s.seed = keys.data();
+    require(first >= 0, "elements are counted from zero");
+    s.first = first;
+    require(int64_t(out.shape(0)) == s.rows && int64_t(out.shape(1)) == s.columns, "a share has to be like the rows");
+    require(int64_t(steps.shape(0)) == s.rows && steps.shape(1) == 1, "steps have to be one per row");
+    s.out = out.data(), s.steps = steps.data();
+    s.sums = field_sums(vectors, sums, s.rows, s.columns);
+    s.refusals = refusals(refused);
+    {
+        nb::gil_scoped_release release;
+        const Memory<int32_t> words(tempo::word_count(s.seeds));
+        const Memory<uint32_t> packed(s.sums.vectors * tempo::packed_width(s.columns));
+        s.words = words.get(), s.sums.packed = packed.get();
+        tempo::active->share(s);
+    }
+    return refused;
+}
+
 }  // namespace
 
 namespace tempo {
@@ -44,6 +105,9 @@ namespace tempo {
 void bind_shares(nb::module_ &m) {
     m.def("shares", &::shares);
     m.def("expand", &::expand, nb::arg("seed"), nb::arg("block"), nb::arg("out"), nb::arg("half"));
+    m.def("share", &::share, nb::arg("x"), nb::arg("scales").none(), nb::arg("ratio"), nb::arg("least_step"),
+          nb::arg("seeds"), nb::arg("first"), nb::arg("out"), nb::arg("steps"), nb::arg("vectors").none(),
+          nb::arg("sums").none());
 }
 
 }  // namespace tempo

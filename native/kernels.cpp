@@ -6,7 +6,7 @@
 #include "sums.h"
 #include "activation.h"
 #include "attention.h"
-#include "keystream.h"
+#include "shares.h"
 
 #define TEMPO_STRING(x) #x
 #define TEMPO_NAME(x) TEMPO_STRING(x)
@@ -25,8 +25,10 @@ const Table &table() {
         .differentiate_attention = differentiate_attention,
 #if defined(__AES__)
         .expand = expand,
+        .share = share,
 #else
         .expand = nullptr,
+        .share = nullptr,
 #endif
     };
     return found;

@@ -15,7 +15,6 @@ namespace tempo::TEMPO_ISA {
 
 constexpr int kLine = 16;  // columns moved at a time: a cache line of each row
 constexpr int kParts = kLine / kLanes;
-constexpr int64_t kStreamFrom = 1 << 22;  // elements of an output from which it is written past the caches
 
 constexpr int kTogether = kLanes == kLine ? 2 * kLine : kLine;  // lanes for which columns are mixed at a time
 constexpr int kChunk = 64;                // columns whose rows are mixed at a time, in the first-level cache
@@ -151,19 +150,6 @@ inline void mix_columns(const Block &block, const int32_t *index, const Lines &f
 }
 
 // --- out: piece[to[lane]][column] = lines[index[column]][lane] · scales + bias ---
-
-inline bool aligned(const void *p) { return reinterpret_cast<uintptr_t>(p) % (kLanes * 4) == 0; }
-
-template <typename T>
-inline void put(T *to, Vector v, bool) {
-    store(to, v);
-}
-inline void put(float *to, Vector v, bool past_caches) {
-    if (past_caches)
-        stream(to, v);
-    else
-        store(to, v);
-}
 
 template <typename T>
 void write_tile(const Lines &lines, const Tile &tile, const Operator *columns, const Piece &piece, int64_t batch,

@@ -5,13 +5,18 @@
 
 namespace tempo {
 
-// Who is told of words that are no residues, in ascending order: another one has to take the place of each.
+constexpr int64_t kSeedBytes = 32;
+constexpr int kMostSeeds = 16;
+constexpr int kMostFieldVectors = 8;
+constexpr int64_t kAhead = 2048;  // words of a share that are expanded at a time: they stay in the first-level cache
+
+// Who is told of words that are no residues, in ascending order for each seed: another one has to take the place of each.
 struct Refusals {
     void (*report)(void *to, int seed, int64_t element);
     void *to;
 };
 
-// `count` words of the keystream under `seed` (32 bytes), from block `block` on; refused are those beyond `half`.
+// `count` words of the keystream under `seed`, from block `block` on; refused are those beyond `half`.
 struct Expansion {
     const uint8_t *seed;
     int64_t block;
@@ -20,5 +25,36 @@ struct Expansion {
     int64_t count;
     Refusals refusals;
 };
+
+// Sums of rows of integers with secret vectors of residues.
+struct FieldSums {
+    int vectors;       // kMostFieldVectors at most
+    int64_t columns;
+    const int32_t *v;  // (vectors, columns)
+    int64_t *sums;     // (rows, vectors): residues
+    uint32_t *packed;  // memory for `packed_width` numbers for each vector, in whole cache lines
+};
+
+inline int64_t packed_width(int64_t columns) { return (columns + 47) / 16 * 16; }  // with what may be read beyond
+
+// Rows are rounded to integers, and less the shares that seeds stand for: src/tempo/schemes/fixed_point.py.
+struct Shares {
+    const void *x;  // (rows, columns), float32 or bfloat16, its rows contiguous and `stride` elements apart
+    bool half;
+    int64_t rows, columns, stride;
+    const float *scales;  // (columns), or null
+    double ratio;         // of the step of a row and its norm
+    float least_step;
+    int seeds;            // kMostSeeds at most
+    const uint8_t *seed;  // (seeds, kSeedBytes)
+    int64_t first;        // which element of a share the first one here meets
+    int32_t *out;         // (rows, columns)
+    float *steps;         // (rows)
+    FieldSums sums;       // of the rounded rows
+    int32_t *words;       // memory for `word_count` numbers, in whole cache lines
+    Refusals refusals;    // elements from which a refused word would have to be subtracted
+};
+
+inline int64_t word_count(int seeds) { return (seeds + 1) * kAhead + 16; }
 
 }  // namespace tempo

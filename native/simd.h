@@ -33,13 +33,22 @@ inline Vector load(const float *from) {
     return v;
 }
 
+inline void store(float *to, Vector v) { std::memcpy(to, &v, sizeof v); }
+
 inline Integers load_integers(const int32_t *from) {
     Integers v;
     std::memcpy(&v, from, sizeof v);
     return v;
 }
 
-inline void store(float *to, Vector v) { std::memcpy(to, &v, sizeof v); }
+// Lanes from `valid` on are zero.
+inline Integers load_integers(const int32_t *from, int64_t valid) {
+    Integers v{};
+    std::memcpy(&v, from, size_t(valid < kLanes ? valid : kLanes) * sizeof *from);
+    return v;
+}
+
+inline void store_integers(int32_t *to, Integers v) { std::memcpy(to, &v, sizeof v); }
 
 inline Vector broadcast(float value) { return value - Vector{}; }
 
@@ -77,6 +86,21 @@ inline void store(uint16_t *to, Vector v) {
     Integers nan = (Integers)(v != v);
     Half half = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), Half);
     std::memcpy(to, &half, sizeof half);
+}
+
+constexpr int64_t kStreamFrom = 1 << 22;  // elements of an output from which it is written past the caches
+
+inline bool aligned(const void *p) { return reinterpret_cast<uintptr_t>(p) % (kLanes * 4) == 0; }
+
+template <typename T>
+inline void put(T *to, Vector v, bool) {
+    store(to, v);
+}
+inline void put(float *to, Vector v, bool past_caches) {
+    if (past_caches)
+        stream(to, v);
+    else
+        store(to, v);
 }
 
 inline float widen(uint16_t half) {

@@ -18,7 +18,8 @@ struct Table {
     void (*activation)(Activation kind, const float *x, const float *g, float *out, int64_t size);
     void (*attend)(const Attention &);
     void (*differentiate_attention)(const Attention &);
-    void (*expand)(const Expansion &);  // null without instructions for AES
+    void (*expand)(const Expansion &);  // this and the next are null without instructions for AES
+    void (*share)(const Shares &);
 };
 
 #define TEMPO_FOR_EACH_ISA(apply) apply(generic) apply(avx2) apply(avx512)

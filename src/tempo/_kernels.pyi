@@ -35,6 +35,18 @@ def sums(
 # Of scheme `split`: whether the instruction set has what the next ones need, which return what was refused.
 def shares() -> bool: ...
 def expand(seed: bytes, block: int, out: Tensor, half: int) -> list[int]: ...
+def share(
+    x: Tensor,
+    scales: Tensor | None,
+    ratio: float,
+    least_step: float,
+    seeds: Sequence[bytes],
+    first: int,
+    out: Tensor,
+    steps: Tensor,
+    vectors: Tensor | None,
+    sums: Tensor | None,
+) -> list[tuple[int, int]]: ...
 
 # Of trusted layers: float32 operands; what is computed goes into the last ones.
 def activation(name: str, x: Tensor, g: Tensor | None, out: Tensor) -> None: ...

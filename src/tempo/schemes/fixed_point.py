@@ -10,16 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
+from types import ModuleType
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from tempo import kernels
 from tempo.verify.field import row_sums
-from tempo.wire.residues import HALF, expand, reduce_
+from tempo.wire.residues import HALF, expand, reduce_, replacements
 
 _ROUNDING: Final = 1 + 2**-18
 """More than what computing a norm in float64 and a step in float32 rounds off."""
+
+_LEAST_STEP: Final = 2.0**-126
+"""Below, float32 rounds off more."""
+
+_ELEMENTS: Final = 1 << 17
+"""That are worth a thread."""
 
 
 def share_rows(
@@ -38,12 +46,14 @@ def share_rows(
     Returns:
         Steps (T, 1), float32; and ``x_q v mod p``, int64 (T, k), if there are vectors.
     """
+    omega = max(omega, 1.0)  # zero where the weight is
+    ratio = omega / (HALF - omega * sqrt(x.shape[1]) / 2) * _ROUNDING
+    native = kernels.native()
+    if native and native.shares() and out.is_contiguous() and _in_reach([x]):
+        return _share_natively(native, x.detach(), scales, ratio, seeds, out, vectors)
     x = x.float() if scales is None else x.float() * scales
-    reach = HALF - omega * sqrt(x.shape[1]) / 2
-    steps = (
-        torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64).mul_(omega / reach * _ROUNDING).float()
-    )
-    steps.masked_fill_(steps == 0, 1.0)
+    norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
+    steps = norms.mul_(ratio).float().clamp_(min=_LEAST_STEP)
     torch.round(x / steps, out=(rounded := torch.empty_like(x)))
     integers = rounded.to(torch.int32)
     sums = None if vectors is None else row_sums(integers, vectors)
@@ -52,6 +62,34 @@ def share_rows(
     for seed in seeds:
         left -= expand(seed, share)
     out.copy_(reduce_(left))
+    return steps, sums
+
+
+def _share_natively(
+    native: ModuleType,
+    x: Tensor,
+    scales: Tensor | None,
+    ratio: float,
+    seeds: Sequence[bytes],
+    out: Tensor,
+    vectors: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    rows, columns = x.shape
+    steps, sums = torch.empty(rows, 1), _sums(rows, vectors)
+    refused: list[tuple[int, int]] = []
+
+    def part(first: int, last: int) -> None:
+        here = slice(first, last)
+        of_part = None if sums is None else sums[here]
+        start = first * columns
+        refused.extend(
+            native.share(x[here], scales, ratio, _LEAST_STEP, seeds, start, out[here], steps[here], vectors, of_part)
+        )
+
+    kernels.in_parts(part, rows, max(1, _ELEMENTS // max(1, columns)))
+    again, elements = [replacements(seed) for seed in seeds], out.view(-1)
+    for seed, element in sorted(refused):
+        elements[element] = int(reduce_(elements[element].long() - next(again[seed])))
     return steps, sums
 
 
@@ -87,6 +125,15 @@ def combine_rows(
     for piece, bias, out in zip(numbers.split([out.shape[1] for out in outs], 1), biases, outs, strict=True):
         out.copy_(piece if bias is None else piece + bias)
     return sums
+
+
+def _in_reach(matrices: Sequence[Tensor]) -> bool:
+    """Whether kernels take matrices like these."""
+    return all(t.dtype in kernels.DTYPES and (t.stride(1) == 1 or t.shape[1] <= 1) for t in matrices)
+
+
+def _sums(rows: int, vectors: Tensor | None) -> Tensor | None:
+    return None if vectors is None else torch.empty(rows, len(vectors), dtype=torch.int64)
 
 
 def most_omega(features: int) -> float:

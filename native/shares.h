@@ -1,0 +1,131 @@
+// Shares of rows, and rows of the products of shares: see src/tempo/schemes/fixed_point.py. Everything that is made of an
+// element is made while it is in a register or in the first-level cache: what is summed is what is sent, or used.
+#pragma once
+
+#include "field.h"
+#include "haar.h"
+#include "keystream.h"
+#include "sums.h"
+
+namespace tempo::TEMPO_ISA {
+
+// Of a matrix of 32-bit numbers.
+inline bool worth_streaming(const void *to, int64_t rows, int64_t columns, int64_t stride) {
+    return rows * columns >= kStreamFrom && aligned(to) && stride % kLanes == 0;
+}
+
+#if defined(__AES__)
+
+// To the nearest integer, ties to even.
+inline Integers rounded(Vector v) {
+#if defined(__AVX512F__)
+    return (Integers)_mm512_maskz_cvtps_epi32(0xffff, (__m512)v);
+#else
+    return (Integers)_mm256_cvtps_epi32((__m256)v);
+#endif
+}
+
+template <typename T>
+inline Vector scaled(const T *x, const float *scales, int64_t column, int64_t columns) {
+    const Vector v = load_some(x + column, columns - column);
+    return scales ? v * load_some(scales + column, columns - column) : v;
+}
+
+#if defined(__AVX512F__)
+inline Reals lower_half(Vector v) { return (Reals)_mm512_maskz_cvtps_pd(0xff, _mm512_castps512_ps256((__m512)v)); }
+inline Reals upper_half(Vector v) {
+    return (Reals)_mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+}
+#else
+inline Reals lower_half(Vector v) { return (Reals)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)); }
+inline Reals upper_half(Vector v) { return (Reals)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1)); }
+#endif
+
+template <typename T>
+double norm(const T *x, const float *scales, int64_t columns) {
+    Reals lower{}, upper{};
+    for (int64_t column = 0; column < columns; column += kLanes) {
+        const Vector v = scaled(x, scales, column, columns);
+        const Reals low = lower_half(v), high = upper_half(v);
+        lower += low * low;
+        upper += high * high;
+    }
+    double sum = 0;
+    for (int lane = 0; lane < kDoubles; ++lane) sum += lower[lane] + upper[lane];
+    return __builtin_sqrt(sum);
+}
+
+// Words of all shares for the elements from `first` to `end`.
+struct Ahead {
+    int64_t first, end;
+};
+
+// Those from `element` on, up to `last`.
+inline Ahead expand_ahead(const Shares &s, const Schedule *keys, int64_t element, int64_t last) {
+    const int64_t first = element / kBlockWords * kBlockWords;
+    int64_t count = (last - first + kBatchWords - 1) / kBatchWords * kBatchWords;
+    if (count > kAhead) count = kAhead;
+    const int64_t end = first + count < last ? first + count : last;
+    for (int seed = 0; seed < s.seeds; ++seed) {
+        int32_t *words = s.words + seed * kAhead;
+        if (keystream(keys[seed], first / kBlockWords, kHalf, words, count))
+            refuse(s.refusals, seed, element, kHalf, words + (element - first), end - element);
+    }
+    return {first, end};
+}
+
+// Rounds `count` elements of a row in `step`s, keeps them as `integers`, and writes what shares leave of them.
+// Of `kSeeds` seeds, or where it is zero, any number.
+template <int kSeeds, typename T>
+inline void share_some(const Shares &s, const T *x, const float *scales, float step, const int32_t *words, bool past_caches,
+                       int32_t *integers, int32_t *out, int64_t count) {
+    const int seeds = kSeeds ? kSeeds : s.seeds;
+    for (int64_t i = 0; i < count; i += kLanes) {
+        __builtin_prefetch(x + s.stride + i);  // of the next row, which is read for its norm first
+        const Integers integer = rounded(scaled(x, scales, i, count) / step);
+        store_integers(integers + i, integer);
+        Integers left = integer;
+        for (int seed = 0; seed < seeds; ++seed) left = subtract_mod(left, load_integers(words + seed * kAhead + i));
+        left = reduced(left);
+        if (i + kLanes > count)
+            std::memcpy(out + i, &left, size_t(count - i) * sizeof *out);
+        else
+            put(reinterpret_cast<float *>(out + i), (Vector)left, past_caches);
+    }
+}
+
+template <typename T>
+void share_rows(const Shares &s) {
+    Schedule keys[kMostSeeds];
+    for (int seed = 0; seed < s.seeds; ++seed) keys[seed] = schedule(s.seed + seed * kSeedBytes);
+    RowSums sums(s.sums);
+    int32_t *integers = s.words + s.seeds * kAhead;
+    const bool past_caches = worth_streaming(s.out, s.rows, s.columns, s.columns);
+    const int64_t last = s.first + s.rows * s.columns;
+    Ahead ahead{s.first, s.first};
+    int64_t element = s.first;
+    for (int64_t row = 0; row < s.rows; ++row) {
+        const T *x = static_cast<const T *>(s.x) + row * s.stride;
+        float step = float(norm(x, s.scales, s.columns) * s.ratio);
+        if (step < s.least_step) step = s.least_step;
+        s.steps[row] = step;
+        for (int64_t column = 0; column < s.columns;) {
+            if (element == ahead.end) ahead = expand_ahead(s, keys, element, last);
+            int64_t count = ahead.end - element;
+            if (count > s.columns - column) count = s.columns - column;
+            const auto some = s.seeds == 1 ? share_some<1, T> : s.seeds == 2 ? share_some<2, T> : share_some<0, T>;
+            some(s, x + column, s.scales ? s.scales + column : nullptr, step, s.words + (element - ahead.first),
+                       past_caches, integers, s.out + (element - s.first), count);
+            if (sums.wanted()) sums.add(integers, column, count);
+            column += count, element += count;
+        }
+        sums.finish(row);
+    }
+    fence();
+}
+
+inline void share(const Shares &s) { s.half ? share_rows<uint16_t>(s) : share_rows<float>(s); }
+
+#endif
+
+}  // namespace tempo::TEMPO_ISA
