@@ -108,6 +108,10 @@ def _in_numpy(seed: bytes, words: Tensor, half: int) -> list[int]:
 
 
 def reduce_(v: Tensor) -> Tensor:
-    """``v``, int64 or float64 that holds integers exactly, as residues of the same dtype, in place."""
+    """``v``, int64 or float64 that holds integers up to 2^53 - p, as residues of the same dtype, in place."""
+    if v.is_floating_point():  # the first quotient may be off by one; the second is exact, and both are fast
+        for _ in range(2):
+            v.sub_(v.mul(1 / P).round_(), alpha=P)
+        return v
     v.remainder_(P)
     return v.sub_(P * (v > HALF))

@@ -17,7 +17,7 @@ from tempo.wire.messages import Conv, Linear, Product, Residues, Rule, Shape
 from tempo.wire.residues import expand
 from tempo.worker.budget import Account
 from tempo.worker.device import Device, Host, open_device
-from tempo.worker.modular import multiply
+from tempo.worker.modular import Multiplier
 from tempo.worker.refusal import Refusal
 from tempo.worker.turns import Turns
 from tempo.worker.update import apply
@@ -111,6 +111,7 @@ class TorchCompute(Compute):
     def __init__(self, device: torch.device | Device) -> None:
         self.device = device if isinstance(device, Device) else open_device(device)
         self.on_host = not self.device.queues
+        self._residues = Multiplier(self.device)
         self._turns = Turns(_HOST_QUANTUM * torch.get_num_threads() if self.on_host else _DEVICE_QUANTUM)
         name = f" ({torch.cuda.get_device_name(self.device.torch)})" if self.device.torch.type == "cuda" else ""
         self.description = f"{self.device.torch}{name}"
@@ -157,7 +158,7 @@ class TorchCompute(Compute):
     def forward(self, product: Product, x: Tensor, w: Tensor, out: Tensor) -> None:
         """``x wᵀ``, or the convolution."""
         if isinstance(product, Residues):
-            self._multiply_residues(x, w.t(), out)
+            self._multiply_residues(x, w, out, forward=True)
             return
         x, out = meant(product, "x", x), meant(product, "y", out)
         x, w = self._operands(product, x, w)
@@ -171,7 +172,7 @@ class TorchCompute(Compute):
     def input_gradient(self, product: Product, g: Tensor, w: Tensor, out: Tensor) -> None:
         """``g w``, or the convolution's."""
         if isinstance(product, Residues):
-            self._multiply_residues(g, w, out)
+            self._multiply_residues(g, w, out, forward=False)
             return
         g, out = meant(product, "g", g), meant(product, "dx", out)
         g, w = self._operands(product, g, w)
@@ -258,11 +259,13 @@ class TorchCompute(Compute):
             a, b = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
         return a, b
 
-    def _multiply_residues(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+    def _multiply_residues(self, a: Tensor, w: Tensor, out: Tensor, *, forward: bool) -> None:
         a = self.device.upload(a)
-        for rows in self._parts(Linear(), out, out, b.t()):
+        with self._turn():
+            way = self._residues.prepare(a, w, forward=forward)
+        for rows in self._parts(Linear(), out, out, w if forward else w.t()):
             with self._turn():
-                multiply(a[rows], b, out[rows])
+                way.multiply(a[rows], out[rows])
 
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         if out.device == a.device and out.dtype == a.dtype:
