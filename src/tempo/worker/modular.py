@@ -104,7 +104,7 @@ class Limbs(Way):
         low = b.to(torch.int8)  # the low byte, signed
         self._b = [_padded(low)]
         if b.dtype != torch.int8:
-            self._b.append(_padded((b.int() - low).bitwise_right_shift_(8).to(torch.int8)))
+            self._b.append(_padded((b - low).bitwise_right_shift_(8).to(torch.int8)))
 
     def sums(self, a: Tensor) -> Tensor:
         """By `torch._int_mm`, all limbs of ``a`` at once."""
