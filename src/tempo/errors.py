@@ -87,6 +87,10 @@ class WorkerFailedError(WorkerError):
     """The worker answered a request with an error of its own."""
 
 
+class WorkerLacksWeightError(WorkerFailedError):
+    """The worker was asked for a public weight by its digest, and has none like it: it has to be sent."""
+
+
 class WorkerLiedError(WorkerError):
     """An answer of the worker failed verification: it computed something else. Names layer, step and residual."""
 

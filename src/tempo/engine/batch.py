@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tempo.engine.reply import Received
-from tempo.errors import WorkerError, WorkerLostError
+from tempo.errors import WorkerError, WorkerLacksWeightError, WorkerLostError
 from tempo.schemes.base import Operand
 from tempo.schemes.reply import Reply
 from tempo.verify.checks import AnswerCheck
@@ -79,11 +79,20 @@ class Batch:
         for name, check in (checks or {}).items():
             self._checks[name, worker] = check
 
-    def acknowledged(self) -> None:
-        """Await the workers' acknowledgements of what needs no other answer."""
+    def acknowledged(self) -> list[int]:
+        """Await the workers' acknowledgements of what needs no other answer.
+
+        Returns:
+            Workers that lack the weight that they were asked for by its digests.
+        """
+        lacking = []
         for worker, future in self._futures.pop("", {}).items():
             with self.engine.stats.timed("wire", "acknowledgement", self.name), self._named(worker):
-                future.result(timeout=self.engine.settings.request_timeout)
+                try:
+                    future.result(timeout=self.engine.settings.request_timeout)
+                except WorkerLacksWeightError:
+                    lacking.append(worker)
+        return lacking
 
     def arrived(self, name: str) -> bool:
         """Whether all answers called ``name`` are there, or will never be."""

@@ -30,6 +30,7 @@ from tempo.errors import (
     ProtocolError,
     WorkerError,
     WorkerFailedError,
+    WorkerLacksWeightError,
     WorkerLostError,
     WorkerOutOfMemoryError,
     WorkerRefusedError,
@@ -51,6 +52,7 @@ from tempo.wire.messages import (
     Request,
     Result,
     Segment,
+    Store,
     TensorRef,
     ToTrusted,
     Welcome,
@@ -401,7 +403,9 @@ class Link:
             advice = "raise its --memory-limit, use a smaller batch, or add workers"
             self._fail(pending, WorkerOutOfMemoryError(f"{where}: out of memory: {why}; {advice}"))
         else:
-            self._fail(pending, WorkerFailedError(f"{where}: {message.code}: {why}"))
+            asked = isinstance(pending.request, Store) and pending.request.digests
+            kind = WorkerLacksWeightError if asked and message.code == "unknown-digest" else WorkerFailedError
+            self._fail(pending, kind(f"{where}: {message.code}: {why}"))
 
     # --- endings ---
 

@@ -225,7 +225,7 @@ class Product:
             return stored
         self._stored = None  # lets go of the old masks even if what follows fails
         with engine.stats.timed("mask", "w", self.name):
-            w = _whole(weights)
+            w = _whole(sources if public else weights)  # integers are made of a public one as everyone has it
             if public and not all(engine.public.holds(source) for source in sources):
                 raise UnsafeError(
                     f"layer {self.name!r}: its weight is not the one that was protected as public; it was not sent"
@@ -237,7 +237,9 @@ class Product:
         engine.stats.encryptions["w"] += 1
         if not again:
             engine.weights_changed()
-        stored = StoredWeight(self, encoded, targets, w.dtype)
+        stored = StoredWeight(
+            self, encoded, targets, weights[0].dtype, public=[len(s) for s in sources] if public else ()
+        )
         if engine.truth is not None:
             for posted in stored.posted:
                 engine.truth.record(posted, "store", {"w": w})

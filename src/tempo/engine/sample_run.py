@@ -21,7 +21,7 @@ from tempo.schemes.base import Operand, Problem, Scheme, Target
 from tempo.schemes.reply import Reply
 from tempo.verify.checks import AnswerCheck, WeightCheck
 from tempo.wire.residues import expand
-from tempo.worker.modular import multiply
+from tempo.worker.modular import Doubles
 
 NAMES: Final = ("w", "x", "y", "g", "dx", "dw")
 
@@ -130,7 +130,7 @@ class SampleRun:
         for worker, sent in masked.items():
             for name, operand, w_q in (("y", sent["x"], sent["w"].t()), ("dx", sent["g"], sent["w"])):
                 answers[name][worker] = torch.empty(len(operand), w_q.shape[1], dtype=torch.int32)
-                multiply(operand, w_q, answers[name][worker])
+                Doubles(w_q, int(w_q.abs().max())).multiply(operand, answers[name][worker])
                 replies[name][worker] = self._received(name, answers[name][worker], None)
         return replies
 

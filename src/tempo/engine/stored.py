@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from tempo.schemes.base import EncodedWeight, Target
+from tempo.schemes.base import EncodedWeight, Operand, Target
 from tempo.verify.checks import WeightCheck
+from tempo.wire.integers import digest
 from tempo.wire.messages import Store
 
 if TYPE_CHECKING:
@@ -17,7 +19,17 @@ if TYPE_CHECKING:
 
 
 class StoredWeight:
-    """A masked weight on workers, until it is garbage."""
+    """A masked weight on workers, until it is garbage; or a public one, of integers.
+
+    Args:
+        product: That it belongs to.
+        encoded: The weight.
+        targets: The workers that get it.
+        dtype: Of the product.
+        checks: Of answers, where they are there already.
+        public: The rows of each public weight that it is made of: workers are asked whether they have them, and sent
+            what they lack. Empty if it is masked.
+    """
 
     def __init__(
         self,
@@ -26,6 +38,7 @@ class StoredWeight:
         targets: Sequence[Target],
         dtype: torch.dtype,
         checks: dict[int, WeightCheck] | None = None,
+        public: Sequence[int] = (),
     ) -> None:
         engine = product.engine
         self.encoded = encoded
@@ -43,9 +56,20 @@ class StoredWeight:
         self.unconfirmed: list[Batch] = [batch]
         """What workers were asked to do to the weight, and need only acknowledge."""
         engine.forget_after(self, self.workers, weight=self.number)
+        there = self._found(batch, encoded.operands, public) if public else set()
         for operand in encoded.operands:
-            batch.post(operand, Store, {}, weight=self.number)
+            if operand.worker not in there:
+                batch.post(operand, Store, {}, weight=self.number)
         self.posted = list(batch.posted.values())
+        if public:
+            encoded.operands.clear()  # what anyone may have is not kept here, too
+
+    def _found(self, batch: Batch, operands: Sequence[Operand], public: Sequence[int]) -> set[int]:
+        """Have workers take the weight from a checkpoint of their own; returns those that could."""
+        digests = tuple(digest(part) for part in operands[0].tensors["w"].split(list(public)))
+        for operand in operands:
+            batch.post(replace(operand, tensors={}), Store, {}, weight=self.number, digests=digests)
+        return {operand.worker for operand in operands}.difference(batch.acknowledged())
 
     def confirm(self) -> None:
         """Raise what kept a worker from storing or changing the weight, before its consequences are met."""

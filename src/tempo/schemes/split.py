@@ -101,12 +101,9 @@ class Split(Scheme):
     def encode_weight(
         self, problem: Problem, w: Tensor, key: Key, targets: Sequence[Target], empty: Empty
     ) -> EncodedWeight:
-        """Integers, the same ones for all."""
+        """Integers, the same ones for all; not in send buffers, since they may not have to be sent."""
         w_q, scales = integers(w, self.bits)
-        operands = []
-        for target in targets:
-            out = empty(target.worker, tuple(w_q.shape), w_q.dtype)
-            operands.append(Operand(target.worker, {"w": out.copy_(w_q)}, slice(0, len(w))))
+        operands = [Operand(target.worker, {"w": w_q}, slice(0, len(w))) for target in targets]
         return PublicWeight(self, w_q, scales.view(-1), key, operands)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -27,3 +29,10 @@ def integers(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     scales.masked_fill_(scales == 0, 1.0)
     dtype = torch.int8 if bits <= 8 else torch.int16
     return w.div(scales).round_().clamp_(-largest, largest).to(dtype), scales
+
+
+def digest(w_q: Tensor) -> bytes:
+    """SHA-256 of integers: their dtype and shape, as Python prints them, and their bytes. 32 bytes."""
+    found = hashlib.sha256(f"{w_q.dtype} {list(w_q.shape)} ".encode())
+    found.update(w_q.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.digest()

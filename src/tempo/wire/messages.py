@@ -24,6 +24,7 @@ Shape = Annotated[tuple[Size, ...], Meta(max_length=6)]
 Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,15}\Z")]
 Text = Annotated[str, Meta(max_length=1024)]
 Small = Annotated[int, Meta(ge=0, le=1 << 16)]
+Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Geometry = Annotated[tuple[Small, ...], Meta(max_length=3)]
 
 
@@ -161,11 +162,15 @@ class Store(_Request, frozen=True, kw_only=True, tag="store"):
 
     With it may come what an optimizer kept of it (``momentum_buffer``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``)
     and its ``gradient`` so far, all of its shape and dtype, for `Update` to go on with.
+
+    Or no tensor comes, and ``w`` is made of public integers that the worker has, one below the other, named by their
+    ``digests`` (`tempo.wire.integers.digest`). Where it lacks one it fails with ``unknown-digest``.
     """
 
     step: Number
     layer: Number
     weight: Number
+    digests: Annotated[tuple[Digest, ...], Meta(max_length=1024)] = ()
 
 
 class Forward(_Request, frozen=True, kw_only=True, tag="forward"):
@@ -259,7 +264,7 @@ class Result(_Struct, frozen=True, tag="result"):
     tensors: tuple[TensorRef, ...]
 
 
-FailureCode = Literal["refused", "out-of-memory", "unknown-number", "bad-request", "failed"]
+FailureCode = Literal["refused", "out-of-memory", "unknown-number", "unknown-digest", "bad-request", "failed"]
 
 
 class Failure(_Struct, frozen=True, tag="failure"):

@@ -16,6 +16,7 @@ import torch
 import typer
 
 from tempo.errors import TempoError
+from tempo.worker.base import BITS
 from tempo.worker.server import Options, Server
 
 log = logging.getLogger("tempo.worker")
@@ -31,6 +32,14 @@ def worker(
     ] = "",
     transcript: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Record every tensor received or returned.")
+    ] = None,
+    base: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="Public checkpoint whose weights need not be sent here; repeatable."),
+    ] = None,
+    base_bits: Annotated[
+        list[int] | None,
+        typer.Option(min=2, max=16, help="Of its weights as integers (split_weight_bits); by default 12 and 8."),
     ] = None,
     identity: Annotated[Path | None, typer.Option(help="Private key made by `tempo keygen`.")] = None,
     peers: Annotated[Path | None, typer.Option(help="Certificate, or folder of them, of who may connect.")] = None,
@@ -53,7 +62,17 @@ def worker(
         torch.set_num_threads(threads)
     try:
         options = Options(
-            device, memory_limit, session_limit, transcript, identity, peers, insecure_no_tls, null, insecure_lie
+            device,
+            memory_limit,
+            session_limit,
+            transcript,
+            identity,
+            peers,
+            insecure_no_tls,
+            null,
+            insecure_lie,
+            tuple(base or ()),
+            tuple(base_bits or BITS),
         )
         server = Server(options)
         if inherit_fd >= 0:

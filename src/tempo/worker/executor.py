@@ -37,6 +37,7 @@ from tempo.wire.messages import (
 from tempo.wire.residues import SEED_BYTES
 from tempo.wire.shared import MappedSegments
 from tempo.wire.tensors import DTYPES, PACKED, raw, size_of
+from tempo.worker.base import Base
 from tempo.worker.budget import Account
 from tempo.worker.compute import Compute, Incoming, output_shape
 from tempo.worker.device import Mark
@@ -90,8 +91,9 @@ class Executor:
         compute: Compute,
         account: Account,
         transcript: Transcript | None,
+        base: Base,
     ) -> None:
-        self._segments = segments
+        self._segments, self._base = segments, base
         self._channel, self._compute, self._account, self._transcript = channel, compute, account, transcript
         self._numbers = Numbers(compute, account)
         self._outbox = Outbox(compute.device.queues, channel.stream.shutdown)
@@ -240,6 +242,11 @@ class Executor:
                 return self._plan_probe(message, incoming)
 
     def _plan_store(self, message: Store, incoming: dict[str, Incoming]) -> Plan:
+        if message.digests:
+            _expect(message, incoming, [], [])
+            return Plan(
+                self._numbers.put_weight(message.weight, {"w": self._base.take(message.digests, self._account.pool)})
+            )
         _expect(message, incoming, [name for name in PARTS if name == "w" or name in incoming], [])
         w = incoming["w"].tensor
         for name, arrived in incoming.items():

@@ -19,6 +19,7 @@ from tempo.wire import identity
 from tempo.wire.address import Address
 from tempo.wire.sealed import leave_tls
 from tempo.wire.stream import SocketStream, Stream
+from tempo.worker.base import BITS, Base
 from tempo.worker.budget import Budget, human, parse_size
 from tempo.worker.compute import Compute, TorchCompute
 from tempo.worker.door import CONNECTION_LIMIT, Door
@@ -47,6 +48,8 @@ class Options:
     insecure_no_tls: bool = False
     null: bool = False
     insecure_lie: str = ""
+    base: tuple[Path, ...] = ()
+    base_bits: tuple[int, ...] = BITS
 
 
 @final
@@ -63,6 +66,7 @@ class Server:
             parse_size(options.session_limit) if options.session_limit else None,
             self._compute.device.allocate,
         )
+        self._base = Base(options.base, options.base_bits)
         self._door = Door()
         self._listener: socket.socket | None = None
         self._closed = threading.Event()
@@ -151,7 +155,7 @@ class Server:
             self._door.leave(sock)
 
     def _run(self, stream: Stream, peer: str, greeted: Callable[[], None]) -> None:
-        Session(stream, self._compute, self._budget, peer, self._options.transcript).run(greeted)
+        Session(stream, self._compute, self._budget, peer, self._options.transcript, self._base).run(greeted)
 
     def _context(self) -> identity.Context:
         return identity.load(self._options.identity, self._options.peers, server=True)

@@ -18,6 +18,7 @@ from tempo.wire.messages import BEAT, PROTOCOL, Alive, Failure, Forget, Hello, S
 from tempo.wire.shared import MappedSegments
 from tempo.wire.stream import SocketStream, Stream
 from tempo.wire.tensors import layout_of, raw, size_of
+from tempo.worker.base import Base
 from tempo.worker.budget import Budget
 from tempo.worker.compute import Compute, Incoming
 from tempo.worker.executor import Executor
@@ -37,7 +38,10 @@ log = logging.getLogger("tempo.worker")
 class Session:
     """Serves one connection until it ends. Sessions share the device and the memory budget, and nothing else."""
 
-    def __init__(self, stream: Stream, compute: Compute, budget: Budget, peer: str, transcripts: Path | None) -> None:
+    def __init__(
+        self, stream: Stream, compute: Compute, budget: Budget, peer: str, transcripts: Path | None, base: Base
+    ) -> None:
+        self._base = base
         self._compute, self._budget, self._peer, self._transcripts = compute, budget, peer, transcripts
         self._segments = MappedSegments() if isinstance(stream, SocketStream) and stream.is_unix else None
         self._channel: Channel[ToWorker] = Channel(stream, TO_WORKER, self._segments.size if self._segments else None)
@@ -99,7 +103,7 @@ class Session:
             Welcome(PROTOCOL, tempo.__version__, self._compute.description, self._budget.limit, capabilities)
         )
         log.info("%s: session %s, Tempo %s", self._peer, hello.session, hello.version)
-        return Executor(self._channel, self._segments, self._compute, self._account, transcript)
+        return Executor(self._channel, self._segments, self._compute, self._account, transcript, self._base)
 
     def _receive(self) -> None:
         try:

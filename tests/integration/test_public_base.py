@@ -1,0 +1,107 @@
+"""Under scheme `split`, workers that loaded the public base themselves are sent no weight."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import tempo
+
+ROWS = 64
+
+
+class Block(nn.Module):
+    """Three layers that share their input, one that stores its weight transposed, and an adapter that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(48, size) for size in (48, 16, 48))
+        self.up, self.down = Conv1D(80, 48), nn.Linear(80, 48)
+        self.requires_grad_(False)
+        self.adapter = nn.Parameter(torch.zeros(48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.adapter
+        mixed = self.q(x) * self.k(x).repeat(1, 3) + self.v(x)
+        return self.down(torch.relu(self.up(mixed)))
+
+
+@pytest.fixture(scope="module")
+def base() -> Block:
+    torch.manual_seed(0)
+    return Block()
+
+
+@pytest.fixture(scope="module")
+def addresses(base: Block, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Two workers of two operators with ``base`` in a folder of theirs."""
+    folder = tmp_path_factory.mktemp("workers")
+    save_file({name: p.detach().contiguous() for name, p in base.named_parameters()}, folder / "model.safetensors")
+    processes = []
+    for name in "ab":
+        command = [sys.executable, "-m", "tempo.worker", "--listen", f"unix:{folder / name}", "--threads", "1"]
+        command += ["--base", str(folder)]
+        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    try:
+        for process in processes:
+            assert process.stderr is not None
+            assert any("listening on" in line for line in process.stderr)
+        yield [f"unix:{folder / name}@{name}" for name in "ab"]
+    finally:
+        for process in processes:
+            process.terminate()
+            process.communicate()
+
+
+def step(model: Block) -> tuple[Tensor, Tensor]:
+    """An output and the adapter's gradient, at the second call: layers that share their input are one product then."""
+    torch.manual_seed(1)
+    x = torch.randn(ROWS, 48)
+    for _ in range(2):
+        model.adapter.grad = None
+        y = model(x)
+        y.square().sum().backward()
+    assert model.adapter.grad is not None
+    return y.detach(), model.adapter.grad
+
+
+def changed(model: Block) -> Block:
+    """One whose weights no worker has."""
+    other = copy.deepcopy(model)
+    for p in other.parameters():
+        p.data.add_(0.01 * torch.randn(p.shape))
+    return other
+
+
+def run(model: Block, addresses: list[str]) -> tuple[tuple[Tensor, Tensor], int]:
+    """What `step` gives through workers, and the bytes of tensors that they were sent."""
+    with tempo.connect(*addresses, scheme="split", base="public", placement="all") as session:
+        before = session.stats()
+        found = step(session.protect(copy.deepcopy(model)))
+        stats = session.stats() - before
+    assert stats.flops_offloaded > 0
+    assert stats.flops_trusted == 0
+    return found, stats.bytes_sent
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_weights_of_the_base_do_not_travel(base: Block, addresses: list[str], autocast: bool) -> None:
+    """Under autocast products are computed in bfloat16; integers are still those of the weights as they are."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        (y, grad), known = run(base, addresses)
+        _, unknown = run(changed(base), addresses)
+    matrices = sum(p.numel() for p in base.parameters() if p.dim() == 2)
+    alone = sum(p.numel() for p in (base.q.weight, base.k.weight, base.v.weight))  # at the first call
+    assert unknown - known == 2 * 2 * (matrices + alone)  # to two workers, in two bytes
+    bound = 2e-2 if autocast else 2e-3
+    expected, gradient = step(base)
+    assert (y - expected).norm() <= bound * expected.norm()
+    assert (grad - gradient).norm() <= bound * gradient.norm()
