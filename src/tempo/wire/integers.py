@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Final
 
 import torch
 from torch import Tensor
+
+_BLOCK: Final = 1 << 17
+"""Elements at a time, so that they stay in a core's cache."""
 
 
 def integers(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -23,12 +27,17 @@ def integers(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     if not 2 <= bits <= 16:
         raise ValueError(f"{bits} bits; a weight has 2 to 16")
-    w = w.detach().float()
+    w = w.detach()
     largest = (1 << (bits - 1)) - 1
-    scales = w.abs().amax(1, keepdim=True).div_(largest)
-    scales.masked_fill_(scales == 0, 1.0)
-    dtype = torch.int8 if bits <= 8 else torch.int16
-    return w.div(scales).round_().clamp_(-largest, largest).to(dtype), scales
+    w_q = torch.empty(w.shape, dtype=torch.int8 if bits <= 8 else torch.int16)
+    scales = torch.empty(len(w), 1)
+    rows = max(1, _BLOCK // max(1, w.shape[1]))
+    for w_part, out, scale in zip(w.split(rows), w_q.split(rows), scales.split(rows), strict=True):
+        part = w_part.float()
+        scale.copy_(part.abs().amax(1, keepdim=True).div_(largest))
+        scale.masked_fill_(scale == 0, 1.0)
+        out.copy_(part.div(scale).round_().clamp_(-largest, largest))
+    return w_q, scales
 
 
 def digest(w_q: Tensor) -> bytes:
