@@ -3,7 +3,7 @@
 A row is rounded in steps of its own, chosen so that no sum with a column of the weight's integers leaves the residues:
 for ``|x_q| · ω ≤ HALF``, with ω the largest norm of such a column, Cauchy–Schwarz bounds every sum by HALF. With
 ``x_q = x / step + e``, ``|e_i| ≤ 1/2``, it is enough that ``step ≥ |x| ω / (HALF − ω√d / 2)``. Steps stay here: nothing
-that is sent depends on them.
+that is sent depends on them. A row that is not finite has a step that is not, and so a product that is not.
 """
 
 from __future__ import annotations
@@ -137,5 +137,5 @@ def _sums(rows: int, vectors: Tensor | None) -> Tensor | None:
 
 
 def most_omega(features: int) -> float:
-    """Above this, rows of so many features would keep less than half of the range, and few bits."""
-    return HALF / sqrt(max(1, features))
+    """Above this, steps of rows of so many features might exceed a fifteenth of their root mean square."""
+    return HALF / (16 * sqrt(max(1, features)))
