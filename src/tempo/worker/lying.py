@@ -25,7 +25,7 @@ def _rows(out: Tensor) -> Tensor:
 def _element(out: Tensor, _: Tensor | None) -> None:
     """One number is off by the size of a typical one."""
     flat = out.view(-1)
-    flat[len(flat) // 2] += out.float().square().mean().sqrt().to(out.dtype) + 1e-3
+    flat[len(flat) // 2] += (out.float().square().mean().sqrt() + 1e-3).to(out.dtype)
 
 
 def _row(out: Tensor, _: Tensor | None) -> None:
@@ -50,13 +50,13 @@ def _zeros(out: Tensor, _: Tensor | None) -> None:
 
 
 def _nan(out: Tensor, _: Tensor | None) -> None:
-    """One number is not one."""
-    out.view(-1)[0] = torch.nan
+    """One number is not one; one residue is none."""
+    out.view(-1)[0] = torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).min
 
 
 def _infinity(out: Tensor, _: Tensor | None) -> None:
-    """One number is infinite."""
-    out.view(-1)[-1] = torch.inf
+    """One number is infinite, or as large as can be."""
+    out.view(-1)[-1] = torch.inf if out.is_floating_point() else torch.iinfo(out.dtype).max
 
 
 def _spread(out: Tensor, _: Tensor | None) -> None:
