@@ -57,6 +57,8 @@ class Crew:
         self._gone: set[int] = set()
         self._least = 1
         """Operators that the schemes in use need."""
+        self._distinct = False
+        """Whether they need every worker to be of another one."""
         self._divided = False
         """Whether any product was divided over operators."""
 
@@ -73,11 +75,12 @@ class Crew:
         """Raise `SchemeError` if ``scheme`` does not work with these workers."""
         traits = scheme.traits
         self._least = max(self._least, traits.min_workers)
-        operators = {self.links[number].address.operator for number in self.present}
+        self._distinct |= traits.distinct_operators
         if len(self.present) < traits.min_workers:
             raise SchemeError(f"scheme {scheme.name!r} needs {traits.min_workers} workers; {len(self.present)} given")
-        if traits.distinct_operators and len(operators) < len(self.present):
-            raise SchemeError(f"scheme {scheme.name!r} needs workers of distinct operators (host:port@operator)")
+        for number in self.present:
+            if why := self._not_distinct(self.links[number]):
+                raise SchemeError(f"scheme {scheme.name!r} needs workers of distinct operators; {why}")
 
     def targets(self, number: int, rows: int, whole: bool, operators: int = 1) -> list[Target]:
         """Which workers take part in a product, and with which share of its rows.
@@ -160,13 +163,17 @@ class Crew:
         """Let one more worker take part.
 
         Raises:
-            WorkerRefusedError: Its operator lied before: every return would be one more try.
+            WorkerRefusedError: Its operator lied before: every return would be one more try. Or a scheme in use needs
+                every worker to be of another operator, and it is not.
         """
         if link.address.operator in self.banned:
             link.close()
             raise WorkerRefusedError(
                 f"worker {link.address}: operator {link.address.operator!r} is banned, for it lied"
             )
+        if why := self._not_distinct(link):
+            link.close()
+            raise WorkerRefusedError(f"worker {link.address}: schemes in use need distinct operators; {why}")
         link.index = len(self.links)
         self.links.append(link)
         self.shares.append(share)
@@ -186,6 +193,25 @@ class Crew:
             log.warning("%s", str(error))
         else:
             log.warning("worker %s is back", link.address)
+
+    def _not_distinct(self, link: Link) -> str:
+        """Why ``link`` may be of the same operator as another worker, where that must not be; empty if it is not.
+
+        A certificate is of one operator for the whole session: who has that key, and sits between here and another
+        worker, could otherwise stand in for it.
+        """
+        if not self._distinct:
+            return ""
+        operator = link.address.operator
+        for number, other in enumerate(self.links):
+            if number not in self._gone and other is not link and other.address.operator == operator:
+                return f"{other.address} is of {operator!r}, too: say whose they are, host:port@operator"
+            if link.certificate and link.certificate == other.certificate and other.address.operator != operator:
+                return (
+                    f"{other.address} showed the certificate that {link.address} shows: they are one, or one stands in "
+                    "for the other on the network. Each operator needs a key pair of its own (`tempo keygen`)"
+                )
+        return ""
 
     def _enough(self, numbers: Sequence[int]) -> bool:
         """Whether the workers with these numbers are of as many operators as the schemes in use need."""

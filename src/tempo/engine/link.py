@@ -100,6 +100,7 @@ class Link:
     Attributes:
         address: The worker's address.
         welcome: What the worker said of itself (version, device, memory); never trusted.
+        certificate: What the worker showed to be whom it is; empty without TLS.
         index: The worker's number in its session.
         last_id: The number of the last request.
         process: The worker's process, where this one started it; it ends with the link.
@@ -109,6 +110,7 @@ class Link:
 
     def __init__(self, stream: Stream, address: Address, *, settings: Settings, session: str, hint: str = "") -> None:
         self.address = address
+        self.certificate = stream.certificate
         self.index = 0
         self.last_id = 0
         self.process: subprocess.Popen[bytes] | None = None
