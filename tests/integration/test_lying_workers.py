@@ -3,46 +3,18 @@
 from __future__ import annotations
 
 import logging
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 import pytest
 import small_job
 import torch
+from adopted import session_with
 from small_job import network
 from torch import nn
 
 from tempo import kernels
-from tempo.engine.link import Link
 from tempo.engine.reply import Received
 from tempo.errors import ProtectionWarning, WorkerLiedError, WorkerRefusedError
-from tempo.session import Session
-from tempo.settings import Settings, parse
-from tempo.wire.address import Address
 from tempo.worker.lying import LIES
-from tempo.worker.server import Options, Server
-
-
-@contextmanager
-def session_with(*lies: str, operators: tuple[str, ...] = (), **fields) -> Iterator[Session]:
-    """A session with one worker per entry, in this process: ``""`` is honest, anything else lies that way."""
-    fields = {"scheme": "tempo", "base": "secret", "placement": "all", "divide_flops": 1} | fields
-    settings: Settings = parse(fields)
-    with ExitStack() as stack:
-        links = []
-        for number, lie in enumerate(lies):
-            server = Server(Options(insecure_no_tls=True, memory_limit="1GiB", insecure_lie=lie))
-            ours, theirs = socket.socketpair()
-            thread = threading.Thread(target=server.serve, args=(theirs, "test"))
-            thread.start()
-            stack.callback(thread.join)
-            operator = operators[number] if operators else f"operator{number}"
-            address = Address(host=f"worker{number}", operator=operator)
-            links.append(Link.adopt(ours, address, settings=settings, session="0123456789abcdef"))
-            stack.callback(links[-1].close)
-        yield stack.enter_context(Session(links, settings, "0123456789abcdef"))
 
 
 def losses(model: nn.Module, steps: int = 3) -> list[float]:
