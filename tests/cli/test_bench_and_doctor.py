@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -14,8 +15,8 @@ from tempo.errors import SettingsError
 from tempo.settings import Settings
 
 
-def tiny() -> Workload:
-    return _vit("a tiny ViT", 32, 1, 2, 64, 16, 8)
+def tiny(batch: int = 8) -> Workload:
+    return _vit("a tiny ViT", 32, 1, 2, 64, 16, batch)
 
 
 def test_bench_reports_what_it_measured(monkeypatch):
@@ -49,6 +50,30 @@ def test_bench_averages_over_the_steps_that_weights_on_workers_keep_their_masks(
     block, classifier = 4 * 4 * 32 * 32 + 2 * 4 * 32 * 64, 4 * 32 * 10
     assert here.bytes_up - away.bytes_up == block // 2 + classifier
     assert here.bytes_down - away.bytes_down == block // 2 + classifier
+
+
+@pytest.mark.parametrize(("model", "width", "features"), [("gpt2", 768, 16 * 768), ("minilm", 384, 16 * 384)])
+def test_bench_of_adapters_sends_a_frozen_base_and_keeps_adapters(model, width, features):
+    settings = Settings(scheme="insecure-plain", placement="all")
+    result = bench.measure(model, settings, 1, lambda line: None, batch=1, real=False)
+    assert (result.tokens, result.protected_step, result.loss_difference) == (256, None, None)
+    # Query, key and value together, output, two of the MLP: inputs and gradients go out, weights went before.
+    assert result.encryptions == {"x": 4, "w": 0, "g": 4}
+    assert result.bytes_up == result.bytes_down == 4 * 256 * features
+    assert 0 < result.attention_seconds < result.trusted_step
+    assert result.attention_flops == 14 * 256**2 * width // (2 if model == "gpt2" else 1)
+
+
+def test_adapters_of_the_benchmark_train_as_without_protection():
+    result = bench.measure("llama-small", Settings(scheme="tempo", placement="all"), 1, lambda line: None, batch=1)
+    assert result.loss_difference < 1e-5
+    assert result.offloaded_flops_share > 0.8
+
+
+def test_bench_says_which_package_a_model_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SettingsError, match="pip install peft"):
+        bench.measure("minilm", Settings(), 1, lambda line: None)
 
 
 def test_bench_names_the_nearest_model():

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from tempo import kernels
-from tempo.bench.workloads import WORKLOADS, Workload
+from tempo.bench.workload import Workload
+from tempo.bench.workloads import WORKLOADS
 from tempo.engine.coverage import TrustedProducts
 from tempo.engine.local import start_local_workers
 from tempo.engine.memory import keep_heap
@@ -49,8 +50,8 @@ class Measurement(msgspec.Struct, kw_only=True):
     have this one."""
     plain_step: float
     """The whole step in the trusted process: the pure-TEE baseline."""
-    protected_step: float
-    """With a real worker, on this machine's other cores."""
+    protected_step: float | None
+    """With real workers, on this machine's other cores; None where that was not measured."""
     trusted_step: float
     """With a null worker: what the trusted side alone takes."""
     trusted_speedup: float
@@ -66,13 +67,19 @@ class Measurement(msgspec.Struct, kw_only=True):
     """Of ``trusted_step``: sending and waiting."""
     other_seconds: float
     """Of ``trusted_step``: trusted layers, optimizer, everything else."""
+    attention_seconds: float = 0.0
+    """Of ``other_seconds``, of a language model: its attention, measured by itself."""
+    attention_flops: int = 0
+    """Of the same."""
     bytes_up: int
     bytes_down: int
+    tokens: int = 0
+    """In a batch, of a language model."""
     encryptions: dict[str, float]
     """Per step. ``w`` counts weights, and what optimizers keep of them and is sent along."""
     steps: int
     """How many were timed of each kind."""
-    loss_difference: float
+    loss_difference: float | None
     """Relative difference between the protected and the plain loss of the first step."""
     machine: dict[str, str]
 
@@ -108,14 +115,22 @@ def machine() -> dict[str, str]:
 
 
 def null_session(settings: Settings) -> Session:
-    """A session with a worker that answers at once: for what the trusted side takes alone."""
+    """A session with workers that answer at once: for what the trusted side takes alone."""
     name = secrets.token_hex(8)
     session = Session(start_local_workers(settings, session=name, null=True), settings, name)
     session._engine.verifier = _Lenient(settings.verify)
     return session
 
 
-def measure(name: str, settings: Settings, steps: int, report: Callable[[str], None]) -> Measurement:
+def measure(
+    name: str,
+    settings: Settings,
+    steps: int,
+    report: Callable[[str], None],
+    *,
+    batch: int | None = None,
+    real: bool = True,
+) -> Measurement:
     """Benchmark the workload ``name`` under ``settings``, with one thread on every side.
 
     Args:
@@ -123,9 +138,11 @@ def measure(name: str, settings: Settings, steps: int, report: Callable[[str], N
         settings: Scheme and the like; placement ``auto`` decides as it would for a user.
         steps: Timed steps of each kind, at least, after some that are not.
         report: Called with a line before each stage.
+        batch: Images or sequences in a batch; None: as many as the workload has by itself.
+        real: Whether to take steps with real workers too.
 
     Raises:
-        SettingsError: There is no such workload.
+        SettingsError: There is no such workload, or what it is built with is not installed.
     """
     if name not in WORKLOADS:
         raise SettingsError(f"bench: unknown model {name!r}; {nearest(name, WORKLOADS)}")
@@ -134,26 +151,44 @@ def measure(name: str, settings: Settings, steps: int, report: Callable[[str], N
     keep_heap()  # for both sides of every ratio
     try:
         with ExitStack() as stack:
-            return _measure(name, settings, steps, report, stack)
+            return _measure(name, _build(name, batch), settings, steps, report, stack, real)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(name: str, settings: Settings, steps: int, report: Callable[[str], None], stack: ExitStack) -> Measurement:
+def _build(name: str, batch: int | None) -> Workload:
     torch.manual_seed(0)
-    workload = WORKLOADS[name]()
+    try:
+        return WORKLOADS[name]() if batch is None else WORKLOADS[name](batch)
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"bench: model {name!r} is built with {error.name}: pip install {error.name}") from None
+
+
+def _measure(
+    name: str,
+    workload: Workload,
+    settings: Settings,
+    steps: int,
+    report: Callable[[str], None],
+    stack: ExitStack,
+    real: bool,
+) -> Measurement:
     report(f"{workload.description}: starting workers")
     settings = msgspec.structs.replace(settings, local_threads=1)
     null = stack.enter_context(null_session(settings))
-    real = stack.enter_context(connect(settings=settings))
     plain_step = _Step(workload, copy.deepcopy(workload.model))
-    real_step = _Step(workload, copy.deepcopy(workload.model), real)
     null_step = _Step(workload, copy.deepcopy(workload.model), null)
+    compared = [plain_step, null_step]
     plain_step.pick_memory_format()
 
     with TrustedProducts(plain_step.model) as everything:
         plain_loss = plain_step.run()
-    difference = abs(real_step.run() - plain_loss) / max(abs(plain_loss), 1e-6)
+    difference = None
+    if real:
+        session = stack.enter_context(connect(settings=settings))
+        real_step = _Step(workload, copy.deepcopy(workload.model), session)
+        difference = abs(real_step.run() - plain_loss) / max(abs(plain_loss), 1e-6)
+        compared.insert(1, real_step)
     null_step.run()
     with null.trusted_products(null_step.model) as trusted:
         null_step.run()
@@ -161,13 +196,15 @@ def _measure(name: str, settings: Settings, steps: int, report: Callable[[str], 
     period = period_of(null)
     steps = math.ceil(steps / period) * period
     before = null.stats()
+    attention = []
     for number in range(steps):
         report(f"{workload.description}: step {number + 1} of {steps}")
-        plain_step.run()
-        real_step.run()
-        null_step.run()
+        for step in compared:
+            step.run()
+        if workload.attention is not None:
+            attention.append(workload.attention.seconds())
     used = null.stats() - before
-    plain, protected, alone = (per_step(step.times[-steps:], period) for step in (plain_step, real_step, null_step))
+    plain, alone = (per_step(step.times[-steps:], period) for step in (plain_step, null_step))
     scaled = alone / (sum(null_step.times[-steps:]) / steps)  # the split adds up to the median
     mask, verify, wire = (used.seconds[what] / steps * scaled for what in ("mask", "verify", "wire"))
     wire += used.seconds["worker"] / steps * scaled
@@ -178,7 +215,7 @@ def _measure(name: str, settings: Settings, steps: int, report: Callable[[str], 
         update=settings.update,
         period=period,
         plain_step=plain,
-        protected_step=protected,
+        protected_step=per_step(real_step.times[-steps:], period) if real else None,
         trusted_step=alone,
         trusted_speedup=plain / alone,
         flop_bound=everything.total / max(1, trusted.total),
@@ -187,8 +224,11 @@ def _measure(name: str, settings: Settings, steps: int, report: Callable[[str], 
         verify_seconds=verify,
         wire_seconds=wire,
         other_seconds=alone - mask - verify - wire,
+        attention_seconds=median(attention) if attention else 0.0,
+        attention_flops=workload.attention.flops if workload.attention is not None else 0,
         bytes_up=used.bytes_sent // steps,
         bytes_down=used.bytes_received // steps,
+        tokens=workload.tokens,
         encryptions={operand: count / steps for operand, count in used.encryptions.items()},
         steps=steps,
         loss_difference=difference,

@@ -1,24 +1,14 @@
-"""What can be benchmarked: a model, a batch and its loss. A new workload is a function and a registry line."""
+"""What can be benchmarked. A new workload is a function of the batch's size, and a registry line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """A model and how to compute its loss on one batch."""
-
-    description: str
-    model: nn.Module
-    loss: Callable[[nn.Module], Tensor]
-    batch: int
-    trusted: tuple[str, ...] = ()
-    """Layers that stay trusted by default: those that see raw inputs."""
+from tempo.bench.lora import LORA
+from tempo.bench.workload import Workload
 
 
 def _vision(model: nn.Module, description: str, size: int, batch: int, trusted: tuple[str, ...]) -> Workload:
@@ -42,37 +32,38 @@ def _vit(description: str, width: int, depth: int, heads: int, mlp: int, size: i
     return _vision(ViTForImageClassification(config), description, size, batch, ("*patch_embeddings.projection",))
 
 
-def vit_b() -> Workload:
+def vit_b(batch: int = 64) -> Workload:
     """The paper's ViT."""
-    return _vit("ViT-B/4 on 32×32, batch 64", 768, 12, 12, 3072, 32, 64)
+    return _vit(f"ViT-B/4 on 32×32, batch {batch}", 768, 12, 12, 3072, 32, batch)
 
 
-def vit_small() -> Workload:
+def vit_small(batch: int = 64) -> Workload:
     """A small one, for a first look."""
-    return _vit("ViT width 256, depth 4, on 32×32 in patches of 4, batch 64", 256, 4, 4, 1024, 32, 64)
+    return _vit(f"ViT width 256, depth 4, on 32×32 in patches of 4, batch {batch}", 256, 4, 4, 1024, 32, batch)
 
 
-def resnet50() -> Workload:
+def resnet50(batch: int = 32) -> Workload:
     """The paper's ResNet; at 128×128 its first stage has 32×32 maps."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
     model = ResNetForImageClassification(ResNetConfig(num_labels=10))
-    return _vision(model, "ResNet-50 on 128×128, batch 32", 128, 32, ("resnet.embedder.embedder.convolution",))
+    return _vision(model, f"ResNet-50 on 128×128, batch {batch}", 128, batch, ("resnet.embedder.embedder.convolution",))
 
 
-def block_2048() -> Workload:
+def block_2048(batch: int = 32) -> Workload:
     """One transformer block of a language model's size."""
     block = nn.TransformerEncoderLayer(
         2048, 16, 8192, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
     )
-    tokens = torch.randn(32, 256, 2048, requires_grad=True)
-    description = "transformer block, width 2048, 16 heads, 32 sequences of 256"
-    return Workload(description, block, lambda m: m(tokens).square().mean(), 32)
+    tokens = torch.randn(batch, 256, 2048, requires_grad=True)
+    description = f"transformer block, width 2048, 16 heads, {batch} sequences of 256"
+    return Workload(description, block, lambda m: m(tokens).square().mean(), batch)
 
 
-WORKLOADS: dict[str, Callable[[], Workload]] = {
+WORKLOADS: dict[str, Callable[..., Workload]] = {
     "vit-small": vit_small,
     "vit-b": vit_b,
     "resnet50": resnet50,
     "block-2048": block_2048,
+    **LORA,
 }

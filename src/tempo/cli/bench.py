@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -10,12 +11,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tempo.bench.lora import LORA
 from tempo.bench.measure import Measurement, measure
 from tempo.bench.workloads import WORKLOADS
 from tempo.settings import parse
 
 _COMPARED: Final = {"trusted": ("tempo", "mix", "mix-tuned"), "worker": ("tempo-signed", "mix")}
 """By where weights are updated: schemes whose masks allow that."""
+_FROZEN: Final = ("split", "mix-tuned")
+"""Where a public base is frozen: schemes that are meant for it."""
 
 
 def bench(
@@ -28,17 +32,22 @@ def bench(
     update: Annotated[str, typer.Option(help="Where weights are updated: trusted, worker or auto.")] = "trusted",
     wire_dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or int8.")] = "auto",
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each kind, at least.")] = 5,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images or sequences in a batch.", show_default="the model's")
+    ] = None,
+    real: Annotated[bool, typer.Option(help="Take steps with real workers on this machine, too.")] = True,
     json: Annotated[Path | None, typer.Option(help="Write the figures here; - for standard output.")] = None,
 ) -> None:
     """Measure a plain step, a protected one, and the trusted side of it alone, in turn on the same cores."""
     console = Console(stderr=str(json) == "-")
     results = []
-    for name in scheme or _COMPARED["worker" if update == "worker" else "trusted"]:
+    compared = _FROZEN if model in LORA else _COMPARED["worker" if update == "worker" else "trusted"]
+    for name in scheme or compared:
         # The scheme that was asked for, not one that stands in for it on a public base.
         fields = {"scheme": name, "base": "secret", "placement": placement, "wire_dtype": wire_dtype, "update": update}
         settings = parse(fields, "bench")
         with console.status("") as status:
-            results.append(measure(model, settings, steps, status.update))
+            results.append(measure(model, settings, steps, status.update, batch=batch, real=real))
     console.print(_table(results))
     text = msgspec.json.format(msgspec.json.encode(results), indent=2).decode()
     if str(json) == "-":
@@ -47,17 +56,22 @@ def bench(
         json.write_text(text + "\n")
 
 
+def _or_blank(figure: float | None, pattern: str) -> str:
+    """For what may not have been measured."""
+    return "" if figure is None else pattern.format(figure)
+
+
 def _table(results: list[Measurement]) -> Table:
     first = results[0]
     table = Table(title=f"{first.description}; one thread on every side, {first.steps} steps")
     table.add_column("")
     for result in results:
         table.add_column(result.scheme, justify="right")
-    rows = {
+    rows: dict[str, Callable[[Measurement], str]] = {
         "update": lambda r: r.update,
         "steps under one mask of features": lambda r: str(r.period),
         "plain step (all in the trusted process)": lambda r: f"{r.plain_step:.3f} s",
-        "protected step, a real worker on this machine": lambda r: f"{r.protected_step:.3f} s",
+        "protected step, real workers on this machine": lambda r: _or_blank(r.protected_step, "{:.3f} s"),
         "trusted side alone (null worker)": lambda r: f"{r.trusted_step:.3f} s",
         "  masks and keys": lambda r: f"{r.mask_seconds:.3f} s",
         "  checks of answers": lambda r: f"{r.verify_seconds:.3f} s",
@@ -69,8 +83,14 @@ def _table(results: list[Measurement]) -> Table:
         "bytes to workers per step": lambda r: f"{r.bytes_up / 1e6:,.1f} MB",
         "bytes from workers per step": lambda r: f"{r.bytes_down / 1e6:,.1f} MB",
         "encryptions per step (x, w, g)": lambda r: ", ".join(f"{n:.4g}" for n in r.encryptions.values()),
-        "relative loss difference, first step": lambda r: f"{r.loss_difference:.1e}",
+        "relative loss difference, first step": lambda r: _or_blank(r.loss_difference, "{:.1e}"),
     }
+    if first.tokens:
+        rows["bytes to and from workers per token"] = lambda r: (
+            f"{r.bytes_up / r.tokens:,.0f}, {r.bytes_down / r.tokens:,.0f}"
+        )
+    if first.attention_flops:
+        rows["attention alone, in trusted layers"] = lambda r: f"{r.attention_seconds:.3f} s"
     for label, show in rows.items():
         table.add_row(label, *(show(result) for result in results))
     about = first.machine
