@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tempo import schemes
 from tempo.bench.lora import LORA
 from tempo.bench.measure import Measurement, measure
 from tempo.bench.workloads import WORKLOADS
@@ -44,7 +45,8 @@ def bench(
     compared = _FROZEN if model in LORA else _COMPARED["worker" if update == "worker" else "trusted"]
     for name in scheme or compared:
         # The scheme that was asked for, not one that stands in for it on a public base.
-        fields = {"scheme": name, "base": "secret", "placement": placement, "wire_dtype": wire_dtype, "update": update}
+        base = "public" if schemes.create(name).traits.public_weights else "secret"
+        fields = {"scheme": name, "base": base, "placement": placement, "wire_dtype": wire_dtype, "update": update}
         settings = parse(fields, "bench")
         with console.status("") as status:
             results.append(measure(model, settings, steps, status.update, batch=batch, real=real))
@@ -54,11 +56,6 @@ def bench(
         typer.echo(text)
     elif json is not None:
         json.write_text(text + "\n")
-
-
-def _or_blank(figure: float | None, pattern: str) -> str:
-    """For what may not have been measured."""
-    return "" if figure is None else pattern.format(figure)
 
 
 def _table(results: list[Measurement]) -> Table:
@@ -71,10 +68,10 @@ def _table(results: list[Measurement]) -> Table:
         "update": lambda r: r.update,
         "steps under one mask of features": lambda r: str(r.period),
         "plain step (all in the trusted process)": lambda r: f"{r.plain_step:.3f} s",
-        "protected step, real workers on this machine": lambda r: _or_blank(r.protected_step, "{:.3f} s"),
+        "protected step, real workers on this machine": lambda r: f"{r.protected_step:.3f} s",
         "trusted side alone (null worker)": lambda r: f"{r.trusted_step:.3f} s",
-        "  masks and keys": lambda r: f"{r.mask_seconds:.3f} s",
-        "  checks of answers": lambda r: f"{r.verify_seconds:.3f} s",
+        "  masks and keys, with sums that check": lambda r: f"{r.mask_seconds:.3f} s",
+        "  other checks of answers": lambda r: f"{r.verify_seconds:.3f} s",
         "  wire": lambda r: f"{r.wire_seconds:.3f} s",
         "  trusted layers, optimizer, rest": lambda r: f"{r.other_seconds:.3f} s",
         "trusted_speedup (bound of an infinitely fast GPU)": lambda r: f"{r.trusted_speedup:.2f}",
@@ -83,14 +80,15 @@ def _table(results: list[Measurement]) -> Table:
         "bytes to workers per step": lambda r: f"{r.bytes_up / 1e6:,.1f} MB",
         "bytes from workers per step": lambda r: f"{r.bytes_down / 1e6:,.1f} MB",
         "encryptions per step (x, w, g)": lambda r: ", ".join(f"{n:.4g}" for n in r.encryptions.values()),
-        "relative loss difference, first step": lambda r: _or_blank(r.loss_difference, "{:.1e}"),
+        "relative loss difference, first step": lambda r: f"{r.loss_difference:.1e}",
     }
     if first.tokens:
-        rows["bytes to and from workers per token"] = lambda r: (
-            f"{r.bytes_up / r.tokens:,.0f}, {r.bytes_down / r.tokens:,.0f}"
-        )
+        rows["bytes to workers per token"] = lambda r: f"{r.bytes_up / r.tokens:,.0f}"
+        rows["bytes from workers per token"] = lambda r: f"{r.bytes_down / r.tokens:,.0f}"
     if first.attention_flops:
-        rows["attention alone, in trusted layers"] = lambda r: f"{r.attention_seconds:.3f} s"
+        rows["attention, of trusted layers"] = lambda r: f"{r.attention_seconds:.3f} s"
+    if first.protected_step is None:
+        del rows["protected step, real workers on this machine"], rows["relative loss difference, first step"]
     for label, show in rows.items():
         table.add_row(label, *(show(result) for result in results))
     about = first.machine

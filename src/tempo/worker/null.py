@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Final, final
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from tempo.wire.messages import Product, Rule
 from tempo.worker.budget import Account
 from tempo.worker.compute import Compute, Incoming, Kept
+
+_RESIDUES: Final = 1 << 25
+"""As large as sums are where rows and weight have a thousand features."""
 
 
 @final
@@ -74,6 +77,8 @@ class NullCompute(Compute):
         if dtype != out.dtype or extent < out.nbytes:
             if out.is_floating_point():
                 out.uniform_(-0.01, 0.01)
+            elif out.dtype == torch.int32:
+                out.random_(-_RESIDUES, _RESIDUES)
             else:
                 out.zero_()
             self._filled[out.data_ptr()] = (out.dtype, out.nbytes)
