@@ -69,15 +69,20 @@ def test_bench_of_adapters_sends_a_frozen_base_and_keeps_adapters():
     assert result.attention_flops == 14 * 256**2 * 384
 
 
-def test_bench_shows_adapters_beside_other_schemes():
-    options = ["--model", "gpt2", "--batch", "1", "--steps", "1", "--no-real"]
-    result = CliRunner().invoke(app, ["bench", *options])
+def test_bench_shows_adapters_beside_other_schemes_and_gives_plans_their_rates(tmp_path):
+    options = ["--model", "llama-small", "--batch", "1", "--steps", "1", "--no-real"]
+    result = CliRunner().invoke(app, ["bench", *options, "--json", str(tmp_path / "bench.json")])
     assert result.exit_code == 0, result.output
-    assert "split" in result.output
-    assert "mix-tuned" in result.output
-    # From two workers, and from one.
-    assert ["98,304", "49,152"] in [re.findall(r"[\d,]+", line) for line in result.output.splitlines()]
+    # From two workers under `split`, and from one under `mix-tuned`.
+    assert ["69,632", "34,816"] in [re.findall(r"[\d,]+", line) for line in result.output.splitlines()]
     assert "real workers" not in result.output
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 1, "num_attention_heads": 8}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 1, **sizes}))
+    result = CliRunner().invoke(app, ["plan", str(tmp_path), "--bench", str(tmp_path / "bench.json"), "--json", "-"])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)["models"][str(tmp_path)][0]
+    head = 4 * (512 + 1)
+    assert (plan["bytes_up"] - head, plan["bytes_down"] - 2 * head) == (34_816, 69_632)
 
 
 def test_bench_says_which_package_a_model_needs(monkeypatch):

@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "audit": "Attack what workers recorded, and report what they learned.",
     "doctor": "Check that workers are reachable, and what gain to expect.",
     "profile": "Record one training step: where its time goes, here, on the wire and on workers.",
+    "plan": "Estimate LoRA of a large model on rented GPUs: tokens per second, bottleneck, cost.",
     "bench": "Measure protected against plain training on this machine.",
 }
 

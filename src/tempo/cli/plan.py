@@ -1,0 +1,187 @@
+"""``tempo plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tempo.errors import SettingsError, nearest
+from tempo.plan import rates as measured
+from tempo.plan.estimate import Assumptions, Estimate, estimate
+from tempo.plan.hardware import GPUS
+from tempo.plan.models import PRESETS, Shape, find
+from tempo.plan.rates import Rates
+
+_PRICES: Final = {"core": "core_hour", "gigabyte": "gigabyte"}
+"""What has a price besides GPUs, and its assumption."""
+_LINKS: Final = (10.0, 100.0)
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``--json`` writes."""
+
+    models: dict[str, list[Estimate]]
+    rates: Rates
+    assumptions: Assumptions
+    gpu_hours: dict[str, float]
+    """Dollars."""
+
+
+def plan(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL...]", help=f"{', '.join(PRESETS)}, or a config.json.", show_default=", ".join(PRESETS)
+        ),
+    ] = None,
+    bench: Annotated[
+        Path | None,
+        typer.Option("--bench", help="What tempo bench --json wrote of split.", show_default="measured now"),
+    ] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help=f"{', '.join(GPUS)}; may be repeated.")] = None,
+    link: Annotated[
+        list[float] | None, typer.Option(help="Gbit/s of the trusted side; may be repeated.", show_default="10, 100")
+    ] = None,
+    sequence: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 1024,
+    cores: Annotated[int, typer.Option(help="Trusted cores.")] = 16,
+    colluders: Annotated[int, typer.Option(help="Operators that may collude; one more takes part.")] = 1,
+    bits: Annotated[int, typer.Option(help="Of a weight's integers.")] = 12,
+    arithmetic: Annotated[
+        str, typer.Option(help="How workers multiply: float64; or int8, as if they had kernels for it.")
+    ] = "float64",
+    utilisation: Annotated[float, typer.Option(help="Share of a GPU's peak that is reached.")] = 0.4,
+    price: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DOLLARS",
+            help=f"Of an hour of {', '.join(GPUS)} or a core, or of a gigabyte that travels; may be repeated.",
+        ),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the plan here; - for standard output.")] = None,
+) -> None:
+    """Estimate LoRA of a large model under scheme split: tokens per second, bottleneck, trusted cores, cost."""
+    shapes = {name: find(name) for name in models or PRESETS}
+    prices = _prices(price or [])
+    fields = {
+        "sequence": sequence,
+        "cores": cores,
+        "colluders": colluders,
+        "weight_bits": bits,
+        "arithmetic": arithmetic,
+        "utilisation": utilisation,
+        **{_PRICES[name]: dollars for name, dollars in prices.items() if name in _PRICES},
+    }
+    try:
+        assumed = msgspec.convert(fields, Assumptions)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"plan: {error}") from None
+    for name in (chosen := gpu or list(GPUS)):
+        if name not in GPUS:
+            raise SettingsError(f"plan: unknown GPU {name!r}; {nearest(name, GPUS)}")
+    gpus = [msgspec.structs.replace(GPUS[name], hour=prices.get(name, GPUS[name].hour)) for name in chosen]
+    if wrong := [speed for speed in link or () if not 0 < speed < float("inf")]:
+        raise SettingsError(f"plan: a link of {wrong[0]:g} Gbit/s carries nothing; give a number above 0")
+    console = Console(stderr=str(json) == "-")
+    if bench is not None:
+        rates = measured.read(bench)
+    else:
+        with console.status("") as status:
+            rates = measured.here(status.update)
+    found = Plan(
+        models={
+            name: [estimate(shape, one, speed, rates, assumed) for one in gpus for speed in link or _LINKS]
+            for name, shape in shapes.items()
+        },
+        rates=rates,
+        assumptions=assumed,
+        gpu_hours={one.name: one.hour for one in gpus},
+    )
+    for name, shape in shapes.items():
+        console.print(_table(name, shape, found.models[name]))
+    console.print(_assumptions(found))
+    text = msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
+    if str(json) == "-":
+        typer.echo(text)
+    elif json is not None:
+        json.write_text(text + "\n")
+
+
+def _prices(texts: list[str]) -> dict[str, float]:
+    prices = {}
+    for text in texts:
+        name, _, dollars = text.partition("=")
+        if name not in (known := [*GPUS, *_PRICES]):
+            raise SettingsError(f"plan: a price of {name!r}; {nearest(name, known)}")
+        try:
+            prices[name] = float(dollars)
+        except ValueError:
+            raise SettingsError(f"plan: price {text!r}: write {name}=0.50, in dollars") from None
+        if not 0 <= prices[name] < float("inf"):
+            raise SettingsError(f"plan: price {text!r}: it has to be 0 or more")
+    return prices
+
+
+def _table(name: str, shape: Shape, found: list[Estimate]) -> Table:
+    first = found[0]
+    title = f"LoRA of {name} under scheme split, {first.operators} operators; ranges: in turn – overlapped"
+    table = Table(title=title)
+    table.add_column("GPUs", no_wrap=True)
+    table.add_column("Gbit/s", justify="right", no_wrap=True)
+    table.add_column("tokens/s", justify="right", no_wrap=True)
+    table.add_column("bound by")
+    table.add_column("cores\nneeded", justify="right", no_wrap=True)
+    table.add_column("$ / million\ntokens", justify="right", no_wrap=True)
+    for one in found:
+        table.add_row(
+            f"{one.operators} × {one.gpus_per_operator} {one.gpu}",
+            f"{one.link:g}",
+            f"{_figure(one.tokens_per_second_in_turn)} – {_figure(one.tokens_per_second)}",
+            one.bottleneck,
+            f"{one.cores_needed:,}",
+            f"{_figure(one.cost_in_turn)} – {_figure(one.cost)}",
+        )
+    table.caption = (
+        f"{shape.weights / 1e9:.1f} billion frozen weights go out, {first.weight_bytes / 1e9:.0f} GB at each operator; "
+        f"a token takes {first.bytes_up / 1e6:.2f} MB up, {first.bytes_down / 1e6:.2f} MB down, and "
+        f"{first.trusted_seconds * 1e3:.1f} ms of one trusted core, {first.attention_seconds * 1e3:.1f} ms of it "
+        "attention"
+    )
+    return table
+
+
+def _figure(value: float) -> str:
+    """With three or four digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _assumptions(found: Plan) -> Table:
+    assumed, rates, machine = found.assumptions, found.rates, found.rates.machine
+    table = Table("measured and assumed", "", title="What this rests on")
+    rows: dict[str, Any] = {
+        "trusted time, measured on": f"{rates.measured}; {machine.get('cpu')}, kernels {machine.get('kernels')}, "
+        f"{machine.get('date')}",
+        "per byte on the wire": f"{rates.per_byte * 1e9:.2f} ns: of masks, checks, adapters and trusted layers; the "
+        "same for wider layers",
+        "attention": f"{1e-9 / rates.per_attention_flop:.1f} GFLOP/s a core; the same for longer sequences; "
+        f"{assumed.sequence:,} tokens in each",
+        "trusted cores": f"{assumed.cores}; twice as many are twice as fast; needed: as many as are no bottleneck",
+        "what goes out": "every frozen layer and the head, forward and back to the first; no recomputation",
+        "wire": "the trusted side's link, both ways at once; no latency, no framing",
+        "colluders": f"{assumed.colluders}; {assumed.colluders + 1} operators take part",
+        "workers": f"weights of {assumed.weight_bits} bits; products in {assumed.arithmetic} at "
+        f"{assumed.utilisation:.0%} of the published dense peak"
+        + ("" if assumed.arithmetic == "float64" else " (no kernel does that yet)"),
+        "GPUs": f"of each operator as many as hold the weights in {assumed.memory_share:.0%} of their memory; they "
+        "take turns, operators do not",
+        "prices": ", ".join(f"{name} ${hour:.2f}/h" for name, hour in found.gpu_hours.items())
+        + f", trusted core ${assumed.core_hour:.2f}/h, traffic ${assumed.gigabyte:.2f}/GB (--price changes them)",
+        "overlapped, in turn": "all parts at work at once: the bound; one after the other. A real run lies between",
+    }
+    for label, text in rows.items():
+        table.add_row(label, text)
+    return table
