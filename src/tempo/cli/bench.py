@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Final
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +13,7 @@ from tempo import schemes
 from tempo.bench.lora import LORA
 from tempo.bench.measure import Measurement, measure
 from tempo.bench.workloads import WORKLOADS
+from tempo.cli.options import Json, write_json
 from tempo.settings import parse
 
 _COMPARED: Final = {"trusted": ("tempo", "mix", "mix-tuned"), "worker": ("tempo-signed", "mix")}
@@ -37,7 +36,7 @@ def bench(
         int | None, typer.Option(min=1, help="Images or sequences in a batch.", show_default="the model's")
     ] = None,
     real: Annotated[bool, typer.Option(help="Take steps with real workers on this machine, too.")] = True,
-    json: Annotated[Path | None, typer.Option(help="Write the figures here; - for standard output.")] = None,
+    json: Json = None,
 ) -> None:
     """Measure a plain step, a protected one, and the trusted side of it alone, in turn on the same cores."""
     console = Console(stderr=str(json) == "-")
@@ -51,11 +50,7 @@ def bench(
         with console.status("") as status:
             results.append(measure(model, settings, steps, status.update, batch=batch, real=real))
     console.print(_table(results))
-    text = msgspec.json.format(msgspec.json.encode(results), indent=2).decode()
-    if str(json) == "-":
-        typer.echo(text)
-    elif json is not None:
-        json.write_text(text + "\n")
+    write_json(results, json)
 
 
 def _table(results: list[Measurement]) -> Table:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import typer
 
 Overrides = Annotated[
@@ -20,6 +22,17 @@ Workers = Annotated[
     ),
 ]
 Plain = Annotated[bool, typer.Option("--plain", help="Compute everything here, without protection, to compare.")]
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here; - for standard output.")]
+
+
+def write_json(figures: Any, path: Path | None) -> None:
+    """What the option `Json` asks for."""
+    text = msgspec.json.format(msgspec.json.encode(figures), indent=2).decode()
+    if str(path) == "-":
+        typer.echo(text)
+    elif path is not None:
+        path.write_text(text + "\n")
 
 
 def overrides(settings: list[str] | None, workers: list[str] | None) -> list[str]:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tempo.cli.options import Json, write_json
 from tempo.errors import SettingsError, nearest
 from tempo.plan import rates as measured
 from tempo.plan.estimate import Assumptions, Estimate, estimate
@@ -20,6 +21,7 @@ from tempo.plan.rates import Rates
 _PRICES: Final = {"core": "core_hour", "gigabyte": "gigabyte"}
 """What has a price besides GPUs, and its assumption."""
 _LINKS: Final = (10.0, 100.0)
+_DEFAULTS: Final = Assumptions()
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,14 +49,16 @@ def plan(
     link: Annotated[
         list[float] | None, typer.Option(help="Gbit/s of the trusted side; may be repeated.", show_default="10, 100")
     ] = None,
-    sequence: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 1024,
-    cores: Annotated[int, typer.Option(help="Trusted cores.")] = 16,
-    colluders: Annotated[int, typer.Option(help="Operators that may collude; one more takes part.")] = 1,
-    bits: Annotated[int, typer.Option(help="Of a weight's integers.")] = 12,
+    sequence: Annotated[int, typer.Option(help="Tokens in a sequence.")] = _DEFAULTS.sequence,
+    cores: Annotated[int, typer.Option(help="Trusted cores.")] = _DEFAULTS.cores,
+    colluders: Annotated[
+        int, typer.Option(help="Operators that may collude: one less than take part.")
+    ] = _DEFAULTS.colluders,
+    bits: Annotated[int, typer.Option(help="Of a weight's integers.")] = _DEFAULTS.weight_bits,
     arithmetic: Annotated[
         str, typer.Option(help="How workers multiply: float64; or int8, as if they had kernels for it.")
-    ] = "float64",
-    utilisation: Annotated[float, typer.Option(help="Share of a GPU's peak that is reached.")] = 0.4,
+    ] = _DEFAULTS.arithmetic,
+    utilisation: Annotated[float, typer.Option(help="Share of a GPU's peak that is reached.")] = _DEFAULTS.utilisation,
     price: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,7 +66,7 @@ def plan(
             help=f"Of an hour of {', '.join(GPUS)} or a core, or of a gigabyte that travels; may be repeated.",
         ),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the plan here; - for standard output.")] = None,
+    json: Json = None,
 ) -> None:
     """Estimate LoRA of a large model under scheme split: tokens per second, bottleneck, trusted cores, cost."""
     shapes = {name: find(name) for name in models or PRESETS}
@@ -104,11 +108,7 @@ def plan(
     for name, shape in shapes.items():
         console.print(_table(name, shape, found.models[name]))
     console.print(_assumptions(found))
-    text = msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
-    if str(json) == "-":
-        typer.echo(text)
-    elif json is not None:
-        json.write_text(text + "\n")
+    write_json(found, json)
 
 
 def _prices(texts: list[str]) -> dict[str, float]:
