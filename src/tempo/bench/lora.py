@@ -33,8 +33,7 @@ def _workload(name: str, block: nn.Module, attention: Attention, inputs: Mapping
         init_lora_weights=False,
     )
     block = inject_adapter_in_model(config, block)
-    width, tokens = attention.heads * attention.width, attention.batch * attention.length
-    x = torch.randn(attention.batch, attention.length, width)
+    x = torch.randn(attention.batch, attention.length, attention.heads * attention.width)
 
     def loss(model: nn.Module) -> Tensor:
         y: Tensor = model(x.detach().requires_grad_(), **(inputs or {}))
@@ -42,7 +41,7 @@ def _workload(name: str, block: nn.Module, attention: Attention, inputs: Mapping
 
     description = f"LoRA of rank {RANK} on a block of {name}, {attention.batch} sequences of {attention.length}"
     trusted = ("*.lora_A", "*.lora_B")
-    return Workload(description, block, loss, attention.batch, trusted, tokens, attention)
+    return Workload(description, block, loss, attention.batch, trusted, attention)
 
 
 def _llama(name: str, width: int, heads: int, kv_heads: int, mlp: int, batch: int) -> Workload:
@@ -72,10 +71,7 @@ def llama_small(batch: int = 8) -> Workload:
 
 
 def gpt2(batch: int = 32) -> Workload:
-    """Of GPT-2, without dropout.
-
-    Its activation ``gelu_new`` in one kernel of PyTorch's: `transformers` takes five times as long for the same.
-    """
+    """Of GPT-2, without dropout, its activation in one kernel: `transformers` makes ``gelu_new`` of many."""
     from transformers import GPT2Config
     from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
@@ -83,7 +79,7 @@ def gpt2(batch: int = 32) -> Workload:
         activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa"
     )
     attention = Attention(batch, 12, 12, LENGTH, 64, causal=True)
-    return _workload("GPT-2", GPT2Block(config, layer_idx=0), attention)
+    return _workload("GPT-2 (GELU in one kernel)", GPT2Block(config, layer_idx=0), attention)
 
 
 def minilm(batch: int = 32) -> Workload:

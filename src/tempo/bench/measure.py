@@ -215,7 +215,7 @@ def _measure(
         report(f"{workload.description}: step {number + 1} of {steps}")
         for step in compared:
             step.run()
-        if workload.attention is not None:
+        if workload.attention:
             attention.append(workload.attention.seconds())
     used = null.stats() - before
     plain, alone = (per_step(step.times[-steps:], period) for step in (plain_step, null_step))
@@ -239,10 +239,10 @@ def _measure(
         wire_seconds=wire,
         other_seconds=alone - mask - verify - wire,
         attention_seconds=median(attention) if attention else 0.0,
-        attention_flops=workload.attention.flops if workload.attention is not None else 0,
+        attention_flops=workload.attention.flops if workload.attention else 0,
         bytes_up=used.bytes_sent // steps,
         bytes_down=used.bytes_received // steps,
-        tokens=workload.tokens,
+        tokens=workload.attention.tokens if workload.attention else 0,
         encryptions={operand: count / steps for operand, count in used.encryptions.items()},
         steps=steps,
         loss_difference=difference,

@@ -25,6 +25,11 @@ class Attention:
     causal: bool
 
     @property
+    def tokens(self) -> int:
+        """In the batch."""
+        return self.batch * self.length
+
+    @property
     def flops(self) -> int:
         """Forward and backward: seven products of a length's square, of which a causal one needs half."""
         whole = 14 * self.batch * self.heads * self.length**2 * self.width
@@ -53,7 +58,5 @@ class Workload:
     batch: int
     trusted: tuple[str, ...] = ()
     """Layers that stay trusted by default: those that see raw inputs, and adapters."""
-    tokens: int = 0
-    """In the batch, of a language model."""
     attention: Attention | None = None
     """Of a language model."""
