@@ -8,7 +8,7 @@ export PYTHONWARNINGS ?=
 # pip, not another resolver: the constraints pin a torch that pip finds as a CPU build where one is at hand.
 .venv/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[recipes,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[recipes,finetune,dev]'
 	touch $@
 
 demo: .venv/.installed

@@ -4,64 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 from accelerate import Accelerator
+from tiny_models import IDS, MODELS, assert_same_gradients, gradients, make
 from torch import Tensor, nn
 
 from tempo.engine.stats import Stats
 from tempo.errors import WeightAwayError
 from tempo.layers.base import Protected
 from tempo.session import Session
-
-IDS = torch.arange(24).view(2, 12) * 7 % 64
-TEXT = {"input_ids": IDS, "labels": IDS}
-# Varied images, and not too few: BatchNorm divides by the spread of a batch, and with it rounding errors.
-IMAGES = {
-    "pixel_values": torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
-    "labels": torch.arange(6) % 3,
-}
-NARROW: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
-NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-def bert() -> nn.Module:
-    config = hf.BertConfig(vocab_size=64, max_position_embeddings=16, num_labels=3, **NARROW, **NO_DROPOUT)
-    return hf.BertForSequenceClassification(config)
-
-
-def vit() -> nn.Module:
-    return hf.ViTForImageClassification(hf.ViTConfig(image_size=16, patch_size=4, num_labels=3, **NARROW, **NO_DROPOUT))
-
-
-def resnet() -> nn.Module:
-    return hf.ResNetForImageClassification(
-        hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="bottleneck", num_labels=3)
-    )
-
-
-def llama() -> nn.Module:
-    config = hf.LlamaConfig(vocab_size=64, num_key_value_heads=2, max_position_embeddings=64, **NARROW)
-    return hf.LlamaForCausalLM(config)
-
-
-def gpt2() -> nn.Module:
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_positions=64, n_embd=16, n_layer=2, n_head=2, **dropout))
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
-    "bert": (bert, {"input_ids": IDS, "labels": torch.tensor([0, 2])}),
-    "vit": (vit, IMAGES),
-    "resnet": (resnet, IMAGES),
-    "llama": (llama, TEXT),
-    "gpt2": (gpt2, TEXT),
-}
 
 INPUTS_PER_STEP = {
     # Per block: q, k and v share one input; o; (gate and) up; down. BERT adds pooler and classifier, ViT its patches
@@ -72,27 +27,6 @@ INPUTS_PER_STEP = {
     # GPT-2 has q, k and v in one layer; each ResNet block has its own input, but the first of a stage and its shortcut.
     "gpt2": (2 * 4 + 1, 2 * 4 + 1),
 }
-
-
-def make(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return MODELS[name][0]()
-
-
-def gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    # Some are zero but for rounding (a key's bias, a bias before BatchNorm): those are compared with the rest.
-    largest = max(float(g.norm()) for g in expected.values())
-    for name, g in expected.items():
-        error = float((actual[name] - g).norm()) / max(float(g.norm()), 1e-2 * largest)
-        assert error <= 1e-5, f"{name}: {error}"
 
 
 def offloaded(used: Stats) -> bool:

@@ -75,7 +75,8 @@ def _last(model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> str | No
     for module in model.modules():
         tell = getattr(module, "get_output_embeddings", None)
         output = tell() if callable(tell) else None
+        inside = set() if output is None else set(output.modules())  # an adapter may be wrapped around it
         for name, layer in layers:
-            if layer is output:
+            if layer in inside:
                 return name
     return layers[-1][0] if layers else None

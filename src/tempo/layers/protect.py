@@ -15,6 +15,7 @@ from tempo.engine.engine import Engine
 from tempo.engine.site import Site
 from tempo.errors import ProtectionWarning, SettingsError
 from tempo.layers import layer_type
+from tempo.layers.adapters import private_layers
 from tempo.layers.base import Protected, overrides, protected_class
 from tempo.layers.exposed import CONVOLUTIONS, exposed_layers
 from tempo.layers.memory_format import restore_outputs, unaware
@@ -171,6 +172,8 @@ def _reasons_to_keep(
     offload: Sequence[str],
 ) -> dict[str, str]:
     """Why layers never go out, by name; warns of exposed ones that do, and of what keeping them costs."""
+    private = private_layers(model)
+    layers = [(name, module) for name, module in layers if name not in private]
     kept = {name: reason for name, module in layers if (reason := _own_reason(name, module, trusted))}
     chosen = len(kept) == len(layers)
     refused = {name for name, module in layers if _refused(scheme, module)}
@@ -189,7 +192,7 @@ def _reasons_to_keep(
         _warn_that_nothing_goes_out(engine, scheme, by_exposure, refused)
     elif by_exposure:
         _warn_of_cost(engine, layers, [name for name in by_exposure if exposed[name].last])
-    return kept
+    return kept | private
 
 
 def _warn_that_nothing_goes_out(engine: Engine, scheme: Scheme, exposed: Sequence[str], refused: Set[str]) -> None:
