@@ -24,7 +24,7 @@ from tempo.recipes import train as training
 from tempo.recipes.comparison import compare, losses
 from tempo.recipes.metrics import Step
 from tempo.recipes.recipe import Recipe
-from tempo.recipes.train import Outcome
+from tempo.recipes.running import Outcome
 
 VIT = {
     "model": {"name": "vit-small", "width": 16, "depth": 1, "heads": 2, "mlp": 24, "dropout": 0.1},

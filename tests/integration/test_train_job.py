@@ -23,7 +23,7 @@ from tempo.recipes import train as training
 from tempo.recipes.comparison import losses
 from tempo.recipes.metrics import Evaluation, Step
 from tempo.recipes.recipe import Recipe
-from tempo.recipes.train import Outcome
+from tempo.recipes.running import Outcome
 
 # Everything that a resume could get wrong: dropout, augmentation, momentum, a schedule, more than one epoch.
 MLP = {

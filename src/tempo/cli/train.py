@@ -12,7 +12,7 @@ from rich.console import Console
 from tempo.cli.options import Overrides, Plain, Workers, overrides
 from tempo.recipes import recipe as recipes
 from tempo.recipes.comparison import compare
-from tempo.recipes.train import Outcome
+from tempo.recipes.running import Outcome
 from tempo.recipes.train import train as run
 
 

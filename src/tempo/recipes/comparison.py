@@ -24,7 +24,8 @@ from tempo.recipes.inference import FOLDER, Trained
 from tempo.recipes.metrics import Step
 from tempo.recipes.models import logits
 from tempo.recipes.recipe import Recipe
-from tempo.recipes.train import INITIAL, Outcome, train
+from tempo.recipes.running import Outcome
+from tempo.recipes.train import INITIAL, train
 
 _SHOWN: Final = 5
 _BATCH: Final = 8

@@ -24,6 +24,7 @@ from tempo.recipes.metrics import Step
 from tempo.recipes.models import logits
 from tempo.recipes.optimizers import scheduler
 from tempo.recipes.recipe import Recipe
+from tempo.recipes.running import Stopwatch
 
 if TYPE_CHECKING:
     from tempo.session import Session
@@ -170,8 +171,7 @@ def one_step(job: Job, began: float) -> Step:
         NonFiniteError: The loss is NaN or infinite; nothing was changed but generators and buffers.
     """
     recipe, session = job.recipe, job.session
-    started = time.perf_counter()
-    before = session.stats() if session is not None else None
+    watch = Stopwatch(session)
     rate = float(job.scheduler.get_last_lr()[0])
 
     with record_function("data"):
@@ -203,15 +203,9 @@ def one_step(job: Job, began: float) -> Step:
     job.order.advance()
     job.step += 1
 
-    now = time.perf_counter()
-    seconds, sent, received = {"trusted": now - started}, 0, 0
-    if session is not None and before is not None:
-        after = session.stats()
-        away = {place: after.seconds[place] - before.seconds[place] for place in after.seconds}
-        seconds = {**away, "trusted": max(0.0, now - started - sum(away.values()))}
-        sent, received = after.bytes_sent - before.bytes_sent, after.bytes_received - before.bytes_received
+    seconds, sent, received = watch.split()
     accuracy = float((scores.argmax(1) == labels).float().mean())
-    return Step(job.step, value, accuracy, rate, now - began, seconds, sent, received)
+    return Step(job.step, value, accuracy, rate, time.perf_counter() - began, seconds, sent, received)
 
 
 def _kept(summary: Summary) -> list[str] | None:

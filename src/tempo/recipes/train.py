@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import signal
-import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, final
+from typing import Final
 
 import msgspec
 import torch
 from rich.console import Console
 
 from tempo.checkpoint import Checkpoint, CheckpointStore
-from tempo.errors import CheckpointError, NonFiniteError, SettingsError, TempoError, WeightsLostError
+from tempo.errors import TempoError, WeightsLostError
 from tempo.recipes import data
 from tempo.recipes import recipe as recipes
 from tempo.recipes.inference import FOLDER, evaluate, protected, recipe_of
@@ -25,28 +20,13 @@ from tempo.recipes.job import Job, Moment, one_step
 from tempo.recipes.metrics import Evaluation, Metrics, Step
 from tempo.recipes.progress import Display
 from tempo.recipes.recipe import Recipe, differences
-
-if TYPE_CHECKING:
-    from tempo.summary import Summary
+from tempo.recipes.running import Interrupts, Outcome, continued, make_way, placed, save_after
 
 MOST_TURNS: Final = 10
 """How often a run goes back to one and the same checkpoint because workers lost weights, before it gives up."""
 
 INITIAL: Final = "initial"
 """Where a run that will be compared with a plain one keeps its secret initial weights, in its folder."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    folder: Path
-    step: int
-    signal: int = 0
-    """What interrupted it; 0: nothing, it is complete."""
-
-    loss: float = math.nan
-    accuracy: float = math.nan
 
 
 def train(
@@ -73,17 +53,17 @@ def train(
     """
     folder = Path(recipe.run.out)
     store = CheckpointStore(folder / FOLDER)
-    earlier = _earlier(store, recipe, console) if resume else None
+    earlier = continued(store, console, lambda found: differences(recipe, recipe_of(found))) if resume else None
     source = data.load(recipe.data.source, recipe.data.train_limit, recipe.data.test_limit)
     job = Job(recipe, source, earlier, initial, secret=recipe.session.base == "secret" and not plain)
     settings, trusted = _as_before(recipe.session, earlier)
     with protected(job.model, settings, plain, trusted) as session:
         if earlier is None:
-            _make_way(folder, console)
+            make_way(folder, console)
             if job.base == "secret" and recipe.run.compare_plain:
                 _save_initial(folder, job.model)
         display = Display(console, title, job.step, job.steps, recipe.data.batch_size)
-        with Metrics(folder, job.step) as metrics, display, _Interrupts() as interrupts:
+        with Metrics(folder, job.step) as metrics, display, Interrupts() as interrupts:
             job.session = session
             if session is not None:
                 session.optimizer(job.optimizer)
@@ -93,7 +73,7 @@ def train(
         return outcome
 
 
-def _loop(job: Job, store: CheckpointStore, metrics: Metrics, display: Display, interrupts: _Interrupts) -> Outcome:
+def _loop(job: Job, store: CheckpointStore, metrics: Metrics, display: Display, interrupts: Interrupts) -> Outcome:
     job.generators.restore()
     job.moment = Moment(job)
     began = time.perf_counter() - job.elapsed
@@ -110,7 +90,7 @@ def _loop(job: Job, store: CheckpointStore, metrics: Metrics, display: Display, 
                 _go_back(job, error, store, metrics, display)
     except TempoError as error:
         job.moment.restore()
-        _save_after(error, job, store)
+        save_after(error, lambda: job.save_once(store), store)
         raise
     if final is None:
         return Outcome(Path(job.recipe.run.out), job.step, interrupts.signal)
@@ -118,7 +98,7 @@ def _loop(job: Job, store: CheckpointStore, metrics: Metrics, display: Display, 
 
 
 def _steps(
-    job: Job, began: float, store: CheckpointStore, metrics: Metrics, display: Display, interrupts: _Interrupts
+    job: Job, began: float, store: CheckpointStore, metrics: Metrics, display: Display, interrupts: Interrupts
 ) -> None:
     while job.step < job.steps and not interrupts.signal:
         job.moment = Moment(job)
@@ -148,12 +128,12 @@ def _go_back(job: Job, error: WeightsLostError, store: CheckpointStore, metrics:
 def _report(job: Job, record: Step, metrics: Metrics, display: Display) -> None:
     metrics.write(record)
     if job.session is not None and not job.placed:
-        display.note(_placed(job.session.summary()))
+        display.note(placed(job.session.summary()))
         job.placed = True
     display.step(record)
 
 
-def _evaluate(job: Job, began: float, metrics: Metrics, display: Display, interrupts: _Interrupts) -> Evaluation | None:
+def _evaluate(job: Job, began: float, metrics: Metrics, display: Display, interrupts: Interrupts) -> Evaluation | None:
     """Evaluate on the test images, unless interrupted."""
     test, batch_size = job.source.test, job.recipe.data.batch_size
     loss, accuracy = evaluate(job.model, test, job.format, batch_size, lambda: interrupts.signal != 0)
@@ -163,49 +143,6 @@ def _evaluate(job: Job, began: float, metrics: Metrics, display: Display, interr
     metrics.write(evaluation)
     display.evaluation(evaluation)
     return evaluation
-
-
-@final
-class _Interrupts:
-    """Turns Ctrl-C and SIGTERM into a flag while inside, so that the step in progress is finished and saved."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:  # asked twice: at once, then, without a checkpoint
-            raise KeyboardInterrupt
-        self.signal = number
-
-
-def _earlier(store: CheckpointStore, recipe: Recipe, console: Console) -> Checkpoint:
-    """The checkpoint to continue from, if it is of the same run."""
-    if not store.steps():
-        raise CheckpointError(f"nothing to resume in {store.folder}: leave out --resume to start")
-    earlier = store.load()
-    for message in earlier.damaged:
-        console.print(f"[yellow]passed over:[/] {message}", soft_wrap=True)
-    if found := differences(recipe, recipe_of(earlier)):
-        lines = "".join(f"\n  {line}" for line in found)
-        raise SettingsError(
-            f"{earlier.path} was made by another recipe, and a resumed run must continue exactly:{lines}\n"
-            "change that back, or start a new run with another --out"
-        )
-    console.print(f"continuing from {earlier.path}", soft_wrap=True, highlight=False)
-    return earlier
 
 
 def _as_before(settings: recipes.Session, earlier: Checkpoint | None) -> tuple[recipes.Session, list[str]]:
@@ -218,42 +155,6 @@ def _as_before(settings: recipes.Session, earlier: Checkpoint | None) -> tuple[r
     return msgspec.structs.replace(settings, placement="all"), earlier.state["trusted"]
 
 
-def _placed(summary: Summary) -> str:
-    """What masks the model, and where its layers went."""
-    sent = sum(1 for line in summary.lines if line.offloaded)
-    return (
-        f"{'; '.join(map(str, summary.models))}\n"
-        f"{sent} of {len(summary.lines)} layers, {summary.offloaded_share:.1%} of their FLOPs, go to "
-        f"{'; '.join(summary.workers)}"
-    )
-
-
 def _save_initial(folder: Path, model: torch.nn.Module) -> None:
     """Keep secret initial weights, which no seed gives again, for the comparison in plain."""
     CheckpointStore(folder / INITIAL).save(0, {"model": model.state_dict()}, {})
-
-
-def _make_way(folder: Path, console: Console) -> None:
-    """Move an earlier run out of the way instead of mixing with it or deleting it."""
-    if not any((folder / name).exists() for name in ("metrics.jsonl", FOLDER)):
-        return
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    try:
-        folder.rename(aside)
-    except OSError as error:
-        raise CheckpointError(f"{folder} holds an earlier run ({error.strerror}); choose another --out") from None
-    console.print(f"{folder} held an earlier run, now in {aside}", soft_wrap=True, highlight=False)
-
-
-def _save_after(error: TempoError, job: Job, store: CheckpointStore) -> None:
-    """Save what there is and say so on ``error``; after NaN or infinity there is nothing worth saving."""
-    if not isinstance(error, NonFiniteError):
-        try:
-            job.save_once(store)
-        except TempoError as other:
-            if str(other) != str(error):
-                error.add_note(str(other))
-    if steps := store.steps():
-        error.add_note(f"Step {steps[-1]} is saved in {store.folder}; continue with --resume.")
