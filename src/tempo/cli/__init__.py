@@ -19,6 +19,7 @@ from tempo.errors import ProtectionWarning, TempoError
 
 COMMANDS: Final = {
     "train": "Train a model by a recipe, its large products computed under masks by workers.",
+    "finetune": "Fine-tune a public language model on private text by LoRA, through workers.",
     "evaluate": "Measure loss and accuracy of a checkpoint on its test images, through workers.",
     "predict": "Classify images with a checkpoint, through workers.",
     "worker": "Serve products to trusted processes; runs on the untrusted machine.",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from tempo.cli.options import Overrides, Plain, Workers, overrides
+from tempo.cli.options import Overrides, Plain, Workers, end, overrides
 from tempo.recipes import recipe as recipes
 from tempo.recipes.comparison import compare
-from tempo.recipes.running import Outcome
 from tempo.recipes.train import train as run
 
 
@@ -69,17 +67,5 @@ def train(
     )
     if not outcome.signal and job.run.compare_plain and not plain:
         outcome = compare(job, console, outcome, resume=resume)
-    _end(outcome, console, recipe, changes, plain)
-
-
-def _end(outcome: Outcome, console: Console, recipe: Path, changes: list[str], plain: bool) -> None:
-    if not outcome.signal:
-        console.print(f"done: {outcome.folder}", soft_wrap=True, highlight=False)
-        return
     again = ["tempo", "train", str(recipe), *(f"--set={change}" for change in changes), *(["--plain"] if plain else [])]
-    console.print(
-        f"interrupted; step {outcome.step} is saved. Continue with: {shlex.join([*again, '--resume'])}",
-        soft_wrap=True,
-        highlight=False,
-    )
-    raise typer.Exit(128 + outcome.signal)
+    end(outcome, console, again)

@@ -51,7 +51,7 @@ class Job:
         self.step = 0
         self.elapsed = 0.0
         self._saved = -1
-        _seed(recipe.run.seed)
+        seed_all(recipe.run.seed)
         self.model = recipe.model.build(self.format.channels, self.format.size, len(self.format.classes))
         self.base = "public"
         """What the weights count as that this run started from, however often it was resumed."""
@@ -215,7 +215,8 @@ def _kept(summary: Summary) -> list[str] | None:
     return [line.name for line in summary.lines if line.trusted]
 
 
-def _seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators, none of which makes keys."""
     random.seed(seed)
     np.random.seed(seed % (1 << 32))
     torch.manual_seed(seed)

@@ -32,11 +32,15 @@ class Display:
         title: Name of the run.
         start: Steps already done.
         steps: Steps in all.
-        batch_size: Images per step.
+        batch_size: Samples per step.
+        measured_on: What evaluations are of.
     """
 
-    def __init__(self, console: Console, title: str, start: int, steps: int, batch_size: int) -> None:
+    def __init__(
+        self, console: Console, title: str, start: int, steps: int, batch_size: int, measured_on: str = "test"
+    ) -> None:
         self._console = console
+        self._measured_on = measured_on
         self._steps = steps
         self._batch_size = batch_size
         self._recent: deque[Step] = deque(maxlen=_WINDOW)
@@ -60,7 +64,7 @@ class Display:
 
     def evaluation(self, record: Evaluation) -> None:
         """Show an evaluation."""
-        self.note(f"test at step {record.step}: loss {record.loss:.4f}  accuracy {record.accuracy:.1%}")
+        self.note(f"{self._measured_on} at step {record.step}: loss {record.loss:.4f}  accuracy {record.accuracy:.1%}")
 
     def note(self, text: str) -> None:
         """Show a line."""

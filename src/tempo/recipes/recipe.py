@@ -120,19 +120,8 @@ def changed(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
 
 def differences(recipe: Recipe, earlier: Recipe) -> list[str]:
     """What keeps a run by ``recipe`` from continuing one by ``earlier`` exactly, as ``table.key: now, then`` lines."""
-    compared = {"model", "data", "optimizer", "schedule"}
-    now, then = msgspec.to_builtins(recipe), msgspec.to_builtins(earlier)
-    found = [
-        f"{name}.{key}: now {now[name].get(key)!r}, in the checkpoint {then[name].get(key)!r}"
-        for name in sorted(compared)
-        for key in {**then[name], **now[name]}
-        if now[name].get(key) != then[name].get(key)
-    ]
     # A cosine depends on its length, a constant schedule may simply go on for longer.
-    keys = ["seed", "clip_norm", *(("steps", "epochs") if isinstance(recipe.schedule, Cosine) else ())]
-    found += [
-        f"run.{key}: now {now['run'][key]!r}, in the checkpoint {then['run'][key]!r}"
-        for key in keys
-        if now["run"][key] != then["run"][key]
-    ]
-    return found
+    run = ("seed", "clip_norm", *(("steps", "epochs") if isinstance(recipe.schedule, Cosine) else ()))
+    return table.differences(
+        recipe, earlier, {"data": None, "model": None, "optimizer": None, "schedule": None, "run": run}
+    )

@@ -67,6 +67,23 @@ def convert(values: Mapping[str, Any], kind: type[T], where: str) -> T:
         raise SettingsError(f"{where}: {str(error).replace('$.', '')}") from None
 
 
+def differences(now: Table, then: Table, keys: Mapping[str, Iterable[str] | None]) -> list[str]:
+    """Where two recipes differ, as ``table.key: now, then`` lines.
+
+    Args:
+        now: The recipe that is given.
+        then: The one in a checkpoint.
+        keys: What to compare: tables, and of each some keys, or None for all.
+    """
+    present, past = msgspec.to_builtins(now), msgspec.to_builtins(then)
+    return [
+        f"{table}.{key}: now {present[table].get(key)!r}, in the checkpoint {past[table].get(key)!r}"
+        for table, some in keys.items()
+        for key in ({**past[table], **present[table]} if some is None else some)
+        if present[table].get(key) != past[table].get(key)
+    ]
+
+
 def _underscored(values: Any) -> Any:
     if not isinstance(values, Mapping):
         return values

@@ -1,0 +1,78 @@
+"""The public base: its tokenizer, and its model with a fresh adapter on it. Never a pickle, never its own code."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tempo.errors import SettingsError, nearest
+from tempo.recipes.finetune.tuning import Model
+
+
+def load_tokenizer(base: str) -> Any:
+    """The tokenizer of ``base``.
+
+    Raises:
+        SettingsError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    _check(base)
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError, KeyError) as error:
+        raise SettingsError(f"{base}: cannot load its tokenizer: {_first_line(error)}") from None
+
+
+def load_model(model: Model) -> Any:
+    """The base in float32, frozen, with an adapter; seed torch before, for the same adapter again.
+
+    Raises:
+        SettingsError: The base cannot be loaded, or has no layers of the names that were given.
+    """
+    try:
+        import transformers as hf
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise SettingsError(f"tempo finetune needs {error.name}: pip install 'tempo-train[finetune]'") from None
+    _check(model.base)
+    hf.utils.logging.disable_progress_bar()
+    try:
+        base = hf.AutoModelForCausalLM.from_pretrained(model.base, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise SettingsError(f"{model.base}: cannot load as a causal language model: {_first_line(error)}") from None
+    targets = [name.strip() for name in model.targets.split(",") if name.strip()]
+    linear = {name.rpartition(".")[2] for name, module in base.named_modules() if hasattr(module, "weight")}
+    for name in targets:
+        if targets != ["all-linear"] and name.rpartition(".")[2] not in linear:
+            raise SettingsError(f"--targets: {model.base} has no layer {name!r}; {nearest(name, linear)}")
+    config = LoraConfig(
+        r=model.rank,
+        lora_alpha=model.alpha,
+        lora_dropout=model.dropout,
+        target_modules=targets if targets != ["all-linear"] else "all-linear",
+        use_rslora=model.rslora,
+        use_dora=model.dora,
+        fan_in_fan_out=any(isinstance(module, hf.pytorch_utils.Conv1D) for module in base.modules()),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with warnings.catch_warnings():
+            # A PEFT that does not know the latest names of transformers: nothing that a user can do about.
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(base, config)
+    except ValueError as error:
+        raise SettingsError(f"{model.base}: cannot put an adapter on it: {_first_line(error)}") from None
+
+
+def _check(base: str) -> None:
+    """Tell a folder that is not there from a name on the hub, which transformers would go and ask."""
+    if not Path(base).exists() and (base.startswith((".", "/", "~")) or base.count("/") != 1):
+        raise SettingsError(f"{base}: no such folder; name one in Hugging Face's format, or OWNER/NAME on the hub")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
