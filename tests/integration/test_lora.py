@@ -1,8 +1,13 @@
-"""LoRA as people run it: PEFT, Trainer and TRL unchanged but for `protect`. Frozen layers go out, adapters stay."""
+"""LoRA as people run it: PEFT, Trainer and TRL unchanged but for `protect`. Frozen layers go out, adapters stay.
+
+Scheme `split` rounds the base's weights to integers, so plain PEFT gets a base of such weights too: then the numbers
+are the same.
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +19,27 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import IDS, MODELS, assert_same_gradients, gradients, make
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer
 
 from tempo.layers.base import Protected
 from tempo.session import Session
+from tempo.settings import Settings
+from tempo.wire.integers import integers
 
 # Versions of PEFT and transformers that do not know each other's latest names yet.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
-CAUSAL = ["llama", "gpt2"]
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
-    "lora-on-all": {"target_modules": "all-linear", "bias": "lora_only", "lora_dropout": 0.1},
+    "rslora-on-all": {"use_rslora": True, "target_modules": "all-linear", "bias": "lora_only", "lora_dropout": 0.1},
 }
 
 
 def adapted(name: str, adapters: int = 1, **options: Any) -> PeftModel:
     """A tiny model with adapters that already do something."""
-    base = make(name)
+    base = rounded(make(name))
     task = "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
     config = LoraConfig(
         r=4,
@@ -48,8 +54,20 @@ def adapted(name: str, adapters: int = 1, **options: Any) -> PeftModel:
     return model
 
 
-def in_session(connect, model: PeftModel, **settings: Any) -> tuple[Session, PeftModel]:
-    session = connect(**settings)
+def rounded(base: nn.Module) -> nn.Module:
+    """``base`` with weights that scheme `split` has no need to round."""
+    for module in base.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            weight = module.weight.data if isinstance(module, nn.Linear) else module.weight.data.t()
+            weight_q, scales = integers(weight, Settings().split_weight_bits)
+            weight.copy_(weight_q * scales)
+    return base
+
+
+def in_session(connect, model: PeftModel, scheme: str = "split", **settings: Any) -> tuple[Session, PeftModel]:
+    if scheme == "split":
+        settings |= {"count": 2, "operators": 2, "base": "public"}
+    session = connect(scheme=scheme, **settings)
     return session, session.protect(copy.deepcopy(model))
 
 
@@ -64,7 +82,7 @@ def assert_places(session: Session) -> None:
     assert session.summary().offloaded_share > 0.5
 
 
-def losses(model: nn.Module, batch: dict[str, Tensor], steps: int = 4, accumulate: int = 1) -> list[float]:
+def losses(model: nn.Module, batch: dict[str, Tensor], steps: int = 3, accumulate: int = 1) -> list[float]:
     """A plain training loop."""
     torch.manual_seed(1)
     model.train()
@@ -80,32 +98,37 @@ def losses(model: nn.Module, batch: dict[str, Tensor], steps: int = 4, accumulat
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_losses_gradients_and_stored_adapters_equal_plain_peft(connect, tmp_path, name, kind):
+@pytest.mark.parametrize(
+    ("name", "kind", "scheme"),
+    [
+        *itertools.product(["llama", "gpt2"], KINDS, ["split"]),
+        ("bert", "lora", "split"),
+        ("llama", "lora", "tempo"),
+    ],
+)
+def test_losses_gradients_and_stored_adapters_equal_plain_peft(connect, tmp_path, name, kind, scheme):
     plain, batch = adapted(name, **KINDS[kind]), MODELS[name][1]
-    session, model = in_session(connect, plain)
+    session, model = in_session(connect, plain, scheme)
     torch.manual_seed(0)  # of dropout
     expected_loss, expected = gradients(plain, batch)
     torch.manual_seed(0)
     loss, actual = gradients(model, batch)
     assert any("lora_A" in key for key in actual)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
-    assert_same_gradients(actual, expected)
+    assert_same_gradients(actual, expected, tolerance=1e-4)
     assert losses(model, batch) == pytest.approx(losses(plain, batch), rel=1e-4)
     assert_places(session)
 
     model.eval().save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
-    stored = PeftModel.from_pretrained(make(name), tmp_path).eval()
+    stored = PeftModel.from_pretrained(rounded(make(name)), tmp_path).eval()
     assert not any(isinstance(module, Protected) for module in stored.modules())
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, stored(**batch).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
-def test_one_of_two_adapters_trains_and_both_stay(connect, name):
-    plain, batch = adapted(name, adapters=2), MODELS[name][1]
+def test_one_of_two_adapters_trains_and_both_stay(connect):
+    plain, batch = adapted("llama", adapters=2), MODELS["llama"][1]
     session, model = in_session(connect, plain)
     for active in ("other1", "default"):
         for one in (plain, model):
@@ -144,7 +167,8 @@ def test_a_layer_with_an_adapter_merged_into_it_is_not_the_base_and_stays(connec
 
 
 def test_an_output_layer_within_an_adapter_still_counts_as_the_last(connect):
-    session, model = in_session(connect, adapted("llama", target_modules=["q_proj", "lm_head"]), placement="auto")
+    plain = adapted("llama", target_modules=["q_proj", "lm_head"])
+    session, model = in_session(connect, plain, "tempo", placement="auto")
     session._engine.planner.placement = "all"  # anything pays off
     model(IDS)
     reasons = {line.name.rpartition("model.")[2]: line.reason for line in session.summary().lines}
@@ -153,9 +177,8 @@ def test_an_output_layer_within_an_adapter_still_counts_as_the_last(connect):
 
 
 def test_an_adapter_added_to_a_protected_model_stays_too(connect):
-    session = connect()
-    plain = make("llama")
-    model = session.protect(copy.deepcopy(plain))
+    plain = rounded(make("llama")).requires_grad_(False)
+    session, model = in_session(connect, plain)
     sent = session.stats().flops_offloaded
     config = LoraConfig(r=4, task_type="CAUSAL_LM")
     torch.manual_seed(0)
@@ -167,8 +190,7 @@ def test_an_adapter_added_to_a_protected_model_stays_too(connect):
     assert not [line.name for line in session.summary().lines if "lora" in line.name]
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize(("name", "reentrant"), [("llama", True), ("gpt2", False)])
 def test_gradient_checkpointing_with_accumulation(connect, name, reentrant):
     plain, batch = adapted(name), MODELS[name][1]
     session, model = in_session(connect, plain)
@@ -181,9 +203,8 @@ def test_gradient_checkpointing_with_accumulation(connect, name, reentrant):
     assert used.encryptions["x"] > used.encryptions["g"]  # blocks were computed again
 
 
-@pytest.mark.parametrize("name", CAUSAL)
-def test_autocast(connect, name):
-    plain, batch = adapted(name), MODELS[name][1]
+def test_autocast(connect):
+    plain, batch = adapted("llama"), MODELS["llama"][1]
     session, model = in_session(connect, plain)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (_, expected), (_, actual) = gradients(plain, batch), gradients(model, batch)
@@ -192,7 +213,7 @@ def test_autocast(connect, name):
     assert_places(session)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_generation(connect, name):
     plain = adapted(name).eval()
     session, model = in_session(connect, plain)
@@ -205,7 +226,7 @@ def test_generation(connect, name):
 # --- Trainer and TRL ----------------------------------------------------------------------------------------------
 
 ARGUMENTS: dict[str, Any] = {
-    "max_steps": 4,
+    "max_steps": 2,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "gradient_checkpointing": True,
@@ -240,7 +261,7 @@ def test_trainer_runs_unchanged(connect, tmp_path):
     session, model = in_session(connect, plain)
     expected = train(plain, tmp_path / "plain")
     assert train(model, tmp_path / "protected") == pytest.approx(expected, rel=1e-4)
-    assert len(expected) == 5
+    assert len(expected) == 3
     assert_places(session)
 
 
@@ -267,5 +288,5 @@ def test_trl_runs_unchanged(connect, tmp_path, packing):
     session, model = in_session(connect, plain)
     expected = train(plain, tmp_path / "plain")
     assert train(model, tmp_path / "protected") == pytest.approx(expected, rel=1e-4)
-    assert len(expected) == 5
+    assert len(expected) == 3
     assert_places(session)
