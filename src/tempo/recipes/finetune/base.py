@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ def load_model(model: Model) -> Any:
             return get_peft_model(base, config)
     except ValueError as error:
         raise SettingsError(f"{model.base}: cannot put an adapter on it: {_first_line(error)}") from None
+
+
+def most_tokens(model: Any) -> int:
+    """How many tokens ``model`` can read at once."""
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
 
 def _check(base: str) -> None:

@@ -42,19 +42,21 @@ class Job:
     def __init__(self, tuning: Tuning, earlier: Checkpoint | None) -> None:
         self.tuning = tuning
         self.tokenizer = base.load_tokenizer(tuning.model.base)
-        settings, self.seed = tuning.data, tuning.run.seed
-        self.examples = prepare(
-            read(Path(settings.file)),
-            self.tokenizer,
-            length=settings.length,
-            validation=settings.validation,
-            seed=self.seed,
-        )
-        self.batch_size = min(settings.batch_size, len(self.examples.train))
-        self.epoch = len(self.examples.train) // self.batch_size
-        self.steps = tuning.run.steps or tuning.run.epochs * self.epoch
+        self.seed = tuning.run.seed
         seed_all(self.seed)
         self.model: nn.Module = base.load_model(tuning.model)
+        self.most = base.most_tokens(self.model)
+        """Tokens that the base can read at once."""
+        self.examples = prepare(
+            read(Path(tuning.data.file)),
+            self.tokenizer,
+            length=min(tuning.data.length, self.most),
+            validation=tuning.data.validation,
+            seed=self.seed,
+        )
+        self.batch_size = min(tuning.data.batch_size, len(self.examples.train))
+        self.epoch = len(self.examples.train) // self.batch_size
+        self.steps = tuning.run.steps or tuning.run.epochs * self.epoch
         self.optimizer = tuning.optimizer.build(self.model)
         self.scheduler = scheduler(tuning.schedule, self.optimizer, self.steps)
         self.order = data.Order(len(self.examples.train), self.batch_size, self.seed)

@@ -16,14 +16,15 @@ _TOP_P: Final = 0.9
 def sample(job: Job) -> str:
     """A prompt and how the model goes on from it, drawn alike every time; torch's generator stays as it was."""
     tokenizer: Any = job.tokenizer
-    prompt = _prompt(job)
+    count = min(job.tuning.run.sample_tokens, job.most - 1)
+    prompt = _prompt(job)[:, -(job.most - count) :]
     with torch.random.fork_rng(devices=()), torch.no_grad():
         torch.manual_seed(job.tuning.run.seed)
         model: Any = job.model.eval()
         drawn = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=job.tuning.run.sample_tokens,
+            max_new_tokens=count,
             do_sample=True,
             top_k=0,
             top_p=_TOP_P,
