@@ -126,6 +126,9 @@ def test_a_run_that_was_killed_resumes_with_the_same_losses(base: Path, data: Pa
     other = run(*command, "--resume", "--rank", "8")
     assert other.exit_code == 1
     assert "model.rank: now 8, in the checkpoint 16" in other.output
+    with data.open("a") as file:
+        file.write(json.dumps({"prompt": "1+1=", "completion": "3"}) + "\n")
+    assert "private.jsonl holds something else now" in run(*command, "--resume").output
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(

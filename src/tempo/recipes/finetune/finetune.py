@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console
 
 from tempo import checkpoint as checkpoints
-from tempo.checkpoint import CheckpointStore
+from tempo.checkpoint import Checkpoint, CheckpointStore
 from tempo.errors import CheckpointError, TempoError
 from tempo.recipes import table
 from tempo.recipes.finetune.job import Job, evaluate, one_step
+from tempo.recipes.finetune.records import digest
 from tempo.recipes.finetune.sampling import sample
 from tempo.recipes.finetune.tuning import Tuning, differences
 from tempo.recipes.inference import FOLDER, protected
@@ -40,7 +41,7 @@ def finetune(tuning: Tuning, console: Console, *, resume: bool = False, plain: b
     store = CheckpointStore(folder / FOLDER)
     earlier = None
     if resume:
-        earlier = continued(store, console, lambda found: differences(tuning, _tuning_of(found)))
+        earlier = continued(store, console, lambda found: _differences(tuning, found))
     job = Job(tuning, earlier)
     for note in job.examples.notes:
         console.print(note, highlight=False, soft_wrap=True, markup=False)
@@ -119,5 +120,9 @@ def _told(job: Job) -> str:
     return f"stored {kept}; load it with PeftModel.from_pretrained(base, {job.tuning.run.out!r}), base {model.base!r}"
 
 
-def _tuning_of(found: checkpoints.Checkpoint) -> Tuning:
-    return table.convert(found.state.get("tuning", {}), Tuning, str(found.path))
+def _differences(tuning: Tuning, found: Checkpoint) -> list[str]:
+    """What keeps the run from continuing ``found`` exactly."""
+    lines = differences(tuning, table.convert(found.state.get("tuning", {}), Tuning, str(found.path)))
+    if not lines and found.state.get("data") != digest(Path(tuning.data.file)):
+        lines.append(f"data.file: {tuning.data.file} holds something else now")
+    return lines

@@ -19,7 +19,7 @@ from tempo.errors import CheckpointError, NonFiniteError
 from tempo.recipes import data
 from tempo.recipes.finetune import base
 from tempo.recipes.finetune.examples import IGNORED, batch, prepare
-from tempo.recipes.finetune.records import read
+from tempo.recipes.finetune.records import digest, read
 from tempo.recipes.finetune.tuning import Tuning
 from tempo.recipes.job import seed_all
 from tempo.recipes.metrics import Step
@@ -47,8 +47,10 @@ class Job:
         self.model: nn.Module = base.load_model(tuning.model)
         self.most = base.most_tokens(self.model)
         """Tokens that the base can read at once."""
+        file = Path(tuning.data.file)
+        self.digest = digest(file)
         self.examples = prepare(
-            read(Path(tuning.data.file)),
+            read(file),
             self.tokenizer,
             length=min(tuning.data.length, self.most),
             validation=tuning.data.validation,
@@ -122,7 +124,7 @@ class Job:
             "progress": {name: getattr(self, name) for name in _PROGRESS},
         }
         tensors = {"adapter": self.adapter(), "best": self.best}
-        state: dict[str, Any] = {"tuning": msgspec.to_builtins(self.tuning)}
+        state: dict[str, Any] = {"tuning": msgspec.to_builtins(self.tuning), "data": self.digest}
         for name, part in parts.items():
             tensors[name], state[name] = flatten(part)
         store.save(self.step, {name: group for name, group in tensors.items() if group}, state)

@@ -9,6 +9,7 @@ All lines of a file have the same fields, of these, and others are ignored:
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -51,10 +52,7 @@ def read(file: Path) -> list[Record]:
     Raises:
         DataError: It cannot be read, or a line does not fit; names the line and the field.
     """
-    try:
-        lines = file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(f"{file}: cannot read: {error.strerror}") from None
+    lines = _content(file).split(b"\n")
     records: list[Record] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -69,6 +67,18 @@ def read(file: Path) -> list[Record]:
     if not records:
         raise DataError(f"{file}: holds no line")
     return records
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of ``file``, to tell whether it still holds what a run began with."""
+    return hashlib.sha256(_content(file)).hexdigest()
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot read: {error.strerror}") from None
 
 
 def _record(line: bytes, where: str) -> Record:
