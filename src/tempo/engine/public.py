@@ -37,7 +37,8 @@ class PublicWeights:
 
     def fingerprint(self, weight: Tensor) -> Fingerprint:
         """As it was when `holds` last found it public, the same object until it changes."""
-        return self._seen[_place(weight)]
+        seen = self._seen.get(_place(weight))
+        return Fingerprint(weight) if seen is None else seen
 
 
 def _place(weight: Tensor) -> tuple[object, ...]:
