@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from math import isqrt
 from typing import TYPE_CHECKING, Final, final
 
 import torch
@@ -35,21 +36,22 @@ class Measurement:
 
 
 def measure(link: Link) -> Measurement:
-    """Measure ``link`` by probes that grow until they take long enough."""
+    """Measure ``link`` by probes that grow until they take long enough, or half of what its worker has room for."""
+    room = link.welcome.memory_limit // 2
     latency = min(_probe(link) for _ in range(10))
 
     def rate(run: Callable[[int], float], amount: Callable[[int], int], size: int, limit: int) -> float:
         while True:
             elapsed = max(min(run(size), run(size)) - latency, 1e-6)
-            if elapsed > _ENOUGH or size >= limit:
+            if elapsed > _ENOUGH or 2 * size > limit:
                 return amount(size) / elapsed
             size *= 2
 
     return Measurement(
         latency_s=latency,
-        upload_bytes_per_s=rate(lambda n: _probe(link, upload=n), lambda n: n, 1 << 18, 1 << 24),
-        download_bytes_per_s=rate(lambda n: _probe(link, download=n), lambda n: n, 1 << 18, 1 << 24),
-        flops_per_s=rate(lambda n: _probe(link, size=n), lambda n: 2 * n**3, 256, 4096),
+        upload_bytes_per_s=rate(lambda n: _probe(link, upload=n), lambda n: n, 1 << 18, min(1 << 24, room)),
+        download_bytes_per_s=rate(lambda n: _probe(link, download=n), lambda n: n, 1 << 18, min(1 << 24, room)),
+        flops_per_s=rate(lambda n: _probe(link, size=n), lambda n: 2 * n**3, 256, min(4096, isqrt(room // 12))),
     )
 
 
