@@ -4,6 +4,7 @@ namespace {
 
 using tempo::require;
 using Matrix = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
+using Ints = nb::ndarray<const int32_t, nb::ndim<2>, nb::device::cpu>;
 template <typename T>
 using Line = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <typename T>
@@ -98,6 +99,42 @@ Refused share(const Matrix &x, const std::optional<Line<const float>> &scales, d
     return refused;
 }
 
+void combine(const std::vector<Ints> &parts, const Lines<const float> &steps,
+             const std::optional<Line<const float>> &scales, const std::vector<std::optional<Line<const float>>> &biases,
+             const std::vector<Matrix> &outs, const Vectors &vectors, const Sums &sums) {
+    const int64_t rows = int64_t(steps.shape(0));
+    require(steps.shape(1) == 1, "steps have to be one per row");
+    require(biases.size() == outs.size(), "biases have to be as many as outputs");
+    std::vector<tempo::Output> outputs;
+    int64_t columns = 0;
+    for (size_t i = 0; i < outs.size(); ++i) {
+        const Matrix &out = outs[i];
+        const bool half = tempo::is_bfloat16(out.dtype());
+        require(half || out.dtype() == nb::dtype<float>(), "outputs are float32 or bfloat16");
+        require(out.shape(1) <= 1 || out.stride(1) == 1, "rows have to be contiguous");
+        require(int64_t(out.shape(0)) == rows, "outputs have to have as many rows as there are steps");
+        require(!biases[i] || biases[i]->shape(0) == out.shape(1), "a bias has to be as long as its columns");
+        outputs.push_back({out.data(), half, int64_t(out.shape(1)), out.stride(0), biases[i] ? biases[i]->data() : nullptr});
+        columns += int64_t(out.shape(1));
+    }
+    require(!parts.empty() && parts.size() <= size_t(tempo::kMostParts), "there are no parts, or too many");
+    std::vector<tempo::Part> pointers;
+    for (const Ints &part : parts) {
+        require(int64_t(part.shape(0)) == rows && int64_t(part.shape(1)) == columns,
+                "parts have to be as large as all outputs together");
+        require(columns <= 1 || part.stride(1) == 1, "rows have to be contiguous");
+        pointers.push_back({part.data(), part.stride(0)});
+    }
+    require(!scales || int64_t(scales->shape(0)) == columns, "scales have to be as many as columns");
+    tempo::Combination c{rows,           pointers.data(),      int(pointers.size()), steps.data(), scales ? scales->data() : nullptr,
+                         outputs.data(), int(outputs.size()), field_sums(vectors, sums, rows, columns), nullptr};
+    nb::gil_scoped_release release;
+    const Memory<int32_t> integers(tempo::word_count(0));
+    const Memory<uint32_t> packed(c.sums.vectors * tempo::packed_width(columns));
+    c.integers = integers.get(), c.sums.packed = packed.get();
+    tempo::active->combine(c);
+}
+
 }  // namespace
 
 namespace tempo {
@@ -108,6 +145,8 @@ void bind_shares(nb::module_ &m) {
     m.def("share", &::share, nb::arg("x"), nb::arg("scales").none(), nb::arg("ratio"), nb::arg("least_step"),
           nb::arg("seeds"), nb::arg("first"), nb::arg("out"), nb::arg("steps"), nb::arg("vectors").none(),
           nb::arg("sums").none());
+    m.def("combine", &::combine, nb::arg("parts"), nb::arg("steps"), nb::arg("scales").none(), nb::arg("biases"),
+          nb::arg("outs"), nb::arg("vectors").none(), nb::arg("sums").none());
 }
 
 }  // namespace tempo

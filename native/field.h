@@ -80,14 +80,14 @@ class RowSums {
   public:
     explicit RowSums(const FieldSums &sums) : s(sums), width(packed_width(sums.columns)) {
         for (int k = 0; k < s.vectors; ++k) {
-            uint64_t sum = 0;
-            for (int64_t i = 0; i < width; ++i) {
-                const int64_t residue = i < s.columns ? s.v[k * s.columns + i] : 0;
-                const uint64_t positive = uint64_t(residue < 0 ? residue + int64_t(kPrime) : residue);
-                s.packed[k * width + i] = uint32_t(positive);
-                sum += positive;
+            Wide sum{};
+            for (int64_t i = 0; i < width; i += kLanes) {
+                const Integers v = load_some(s.v + k * s.columns + i, s.columns - i);
+                const Unsigned positive = (Unsigned)v - ((Unsigned)(v < 0) & 5u);
+                std::memcpy(s.packed + k * width + i, &positive, sizeof positive);
+                sum += ((Wide)positive >> 32) + ((Wide)positive & 0xffffffff);
             }
-            excess[k] = sum % kPrime * kOffset % kPrime;
+            excess[k] = total(sum) % kPrime * kOffset % kPrime;
             totals[k] = Total{};
         }
     }
@@ -105,8 +105,7 @@ class RowSums {
 
     void finish(int64_t row) {
         for (int k = 0; k < s.vectors; ++k) {
-            uint64_t all = 0, upper = 0;
-            for (int lane = 0; lane < kLanes / 2; ++lane) all += totals[k].all[lane], upper += totals[k].upper[lane];
+            const uint64_t all = total(totals[k].all), upper = total(totals[k].upper);
             const uint64_t lower = all - (upper << 32);
             const uint64_t sum = (upper % kPrime * 5 + lower % kPrime + kPrime - excess[k]) % kPrime;
             s.sums[row * s.vectors + k] = int64_t(sum) - (sum > uint64_t(kHalf) ? int64_t(kPrime) : 0);
@@ -115,6 +114,12 @@ class RowSums {
     }
 
   private:
+    static uint64_t total(Wide lanes) {
+        uint64_t sum = 0;
+        for (int lane = 0; lane < kLanes / 2; ++lane) sum += lanes[lane];
+        return sum;
+    }
+
     const FieldSums &s;
     int64_t width;
     uint64_t excess[kMostFieldVectors];

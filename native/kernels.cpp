@@ -23,6 +23,7 @@ const Table &table() {
         .activation = activation,
         .attend = attend,
         .differentiate_attention = differentiate_attention,
+        .combine = combine,
 #if defined(__AES__)
         .expand = expand,
         .share = share,

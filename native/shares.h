@@ -128,4 +128,64 @@ inline void share(const Shares &s) { s.half ? share_rows<uint16_t>(s) : share_ro
 
 #endif
 
+// What is computed with `v` next is not fused with what made it: PyTorch rounds in between.
+inline Vector apart(Vector v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__AVX2__)
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
+
+// `count` columns of a row that begin at `parts`; `integers` keeps what was read. Of `kParts` parts, or any number if zero.
+template <int kParts, typename T>
+inline void combine_some(const int32_t *const *parts, int some_parts, float step, const float *scales, const float *bias,
+                         bool past_caches, int32_t *integers, T *out, int64_t count) {
+    const int number = kParts ? kParts : some_parts;
+    const auto combined = [&](int64_t i) {
+        Integers total = load_some(parts[0] + i, count - i);
+        for (int p = 1; p < number; ++p) total = add_mod(total, load_some(parts[p] + i, count - i));
+        total = reduced(total);
+        store_integers(integers + i, total);
+        Vector v = __builtin_convertvector(total, Vector) * step;
+        if (scales) v *= load_some(scales + i, count - i);
+        return bias ? apart(v) + load_some(bias + i, count - i) : v;
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) put(out + i, combined(i), past_caches);
+    if (i == count) return;
+    const Vector last = combined(i);
+    for (int64_t lane = 0; i + lane < count; ++lane) narrow(last[lane], out + i + lane);
+}
+
+template <typename T>
+inline void combine_row(const Combination &c, const Output &to, int64_t row, int64_t start, RowSums &sums) {
+    const bool past_caches = !to.half && worth_streaming(to.data, c.rows, to.columns, to.stride);
+    const auto some = c.part_count == 2 ? combine_some<2, T> : c.part_count == 3 ? combine_some<3, T> : combine_some<0, T>;
+    for (int64_t place = 0; place < to.columns; place += kAhead) {
+        const int64_t column = start + place, count = to.columns - place < kAhead ? to.columns - place : kAhead;
+        const int32_t *parts[kMostParts];
+        for (int p = 0; p < c.part_count; ++p) parts[p] = c.parts[p].data + row * c.parts[p].stride + column;
+        some(parts, c.part_count, c.steps[row], c.scales ? c.scales + column : nullptr,
+             to.bias ? to.bias + place : nullptr, past_caches, c.integers,
+             static_cast<T *>(to.data) + row * to.stride + place, count);
+        if (sums.wanted()) sums.add(c.integers, column, count);
+    }
+}
+
+inline void combine(const Combination &c) {
+    RowSums sums(c.sums);
+    for (int64_t row = 0; row < c.rows; ++row) {
+        int64_t start = 0;
+        for (int o = 0; o < c.out_count; start += c.outs[o++].columns)
+            if (c.outs[o].half)
+                combine_row<uint16_t>(c, c.outs[o], row, start, sums);
+            else
+                combine_row<float>(c, c.outs[o], row, start, sums);
+        sums.finish(row);
+    }
+    fence();
+}
+
 }  // namespace tempo::TEMPO_ISA

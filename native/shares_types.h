@@ -6,7 +6,8 @@
 namespace tempo {
 
 constexpr int64_t kSeedBytes = 32;
-constexpr int kMostSeeds = 16;
+constexpr int kMostSeeds = 15;
+constexpr int kMostParts = kMostSeeds + 1;
 constexpr int kMostFieldVectors = 8;
 constexpr int64_t kAhead = 2048;  // words of a share that are expanded at a time: they stay in the first-level cache
 
@@ -53,6 +54,33 @@ struct Shares {
     FieldSums sums;       // of the rounded rows
     int32_t *words;       // memory for `word_count` numbers, in whole cache lines
     Refusals refusals;    // elements from which a refused word would have to be subtracted
+};
+
+// The next columns of the sum of `parts`, as numbers.
+struct Output {
+    void *data;  // (rows, columns), float32 or bfloat16, its rows contiguous and `stride` elements apart
+    bool half;
+    int64_t columns, stride;
+    const float *bias;  // (columns), or null
+};
+
+// Integers of one matrix, its rows contiguous and `stride` elements apart; they may be changed by others meanwhile.
+struct Part {
+    const int32_t *data;
+    int64_t stride;
+};
+
+// Products of shares are added up, and get their scale again.
+struct Combination {
+    int64_t rows;
+    const Part *parts;
+    int part_count;  // 1 to kMostParts
+    const float *steps;   // (rows)
+    const float *scales;  // (columns), or null
+    const Output *outs;
+    int out_count;
+    FieldSums sums;     // of the sum of parts
+    int32_t *integers;  // memory for `word_count(0)` numbers, in whole cache lines
 };
 
 inline int64_t word_count(int seeds) { return (seeds + 1) * kAhead + 16; }

@@ -42,9 +42,10 @@ inline Integers load_integers(const int32_t *from) {
 }
 
 // Lanes from `valid` on are zero.
-inline Integers load_integers(const int32_t *from, int64_t valid) {
+inline Integers load_some(const int32_t *from, int64_t valid) {
+    if (valid >= kLanes) return load_integers(from);
     Integers v{};
-    std::memcpy(&v, from, size_t(valid < kLanes ? valid : kLanes) * sizeof *from);
+    if (valid > 0) std::memcpy(&v, from, size_t(valid) * sizeof *from);
     return v;
 }
 

@@ -32,7 +32,7 @@ def sums(
     column_lengths: Tensor | None = None,
 ) -> None: ...
 
-# Of scheme `split`: whether the instruction set has what the next ones need, which return what was refused.
+# Of scheme `split`: whether the instruction set has what the next two need, which return what was refused.
 def shares() -> bool: ...
 def expand(seed: bytes, block: int, out: Tensor, half: int) -> list[int]: ...
 def share(
@@ -47,6 +47,15 @@ def share(
     vectors: Tensor | None,
     sums: Tensor | None,
 ) -> list[tuple[int, int]]: ...
+def combine(
+    parts: Sequence[Tensor],
+    steps: Tensor,
+    scales: Tensor | None,
+    biases: Sequence[Tensor | None],
+    outs: Sequence[Tensor],
+    vectors: Tensor | None,
+    sums: Tensor | None,
+) -> None: ...
 
 # Of trusted layers: float32 operands; what is computed goes into the last ones.
 def activation(name: str, x: Tensor, g: Tensor | None, out: Tensor) -> None: ...

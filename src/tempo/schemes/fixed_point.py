@@ -114,6 +114,9 @@ def combine_rows(
     Returns:
         ``Σ parts v mod p``, int64 (T, k), if there are vectors.
     """
+    native = kernels.native()
+    if native and _in_reach(outs) and all(part.stride(1) == 1 or part.shape[1] <= 1 for part in parts):
+        return _combine_natively(native, parts, steps, scales, biases, outs, vectors)
     total = parts[0].long()
     for part in parts[1:]:
         total += part
@@ -124,6 +127,30 @@ def combine_rows(
         numbers.mul_(scales)
     for piece, bias, out in zip(numbers.split([out.shape[1] for out in outs], 1), biases, outs, strict=True):
         out.copy_(piece if bias is None else piece + bias)
+    return sums
+
+
+def _combine_natively(
+    native: ModuleType,
+    parts: Sequence[Tensor],
+    steps: Tensor,
+    scales: Tensor | None,
+    biases: Sequence[Tensor | None],
+    outs: Sequence[Tensor],
+    vectors: Tensor | None,
+) -> Tensor | None:
+    rows, columns = parts[0].shape
+    sums = _sums(rows, vectors)
+    numbers = [None if bias is None else bias.detach().float().contiguous() for bias in biases]
+
+    def part(first: int, last: int) -> None:
+        here = slice(first, last)
+        of_part = None if sums is None else sums[here]
+        native.combine(
+            [p[here] for p in parts], steps[here], scales, numbers, [out[here] for out in outs], vectors, of_part
+        )
+
+    kernels.in_parts(part, rows, max(1, _ELEMENTS // max(1, columns)))
     return sums
 
 

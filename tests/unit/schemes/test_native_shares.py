@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tempo import kernels
-from tempo.schemes.fixed_point import most_omega, share_rows
+from tempo.schemes.fixed_point import combine_rows, most_omega, share_rows
 from tempo.wire.residues import HALF, SEED_BYTES, expand, reduce_
 
 SEEDS = [number.to_bytes(SEED_BYTES, "little") for number in (1137460, 4643994, 3)]
@@ -99,3 +99,99 @@ def test_shares_add_up_to_rows() -> None:
     for seed in SEEDS:
         total += expand(seed, torch.empty(x.shape, dtype=torch.int32))
     assert ((reduce_(total) * steps.double() - x).abs() <= 0.6 * steps).all()
+
+
+def integers(*shape: int) -> Tensor:
+    """Whatever a worker may answer: residues and others, those at the ends of the range among them."""
+    drawn = torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int32)
+    ends = torch.tensor([-(1 << 31) + i for i in range(4)] + [(1 << 31) - 4 + i for i in range(4)] + [0, 1, -1])
+    at_end = torch.rand(shape) < 0.3
+    return torch.where(at_end, ends[torch.randint(len(ends), shape)].int(), drawn)
+
+
+def compare_combined(
+    parts: list[Tensor],
+    steps: Tensor,
+    scales: Tensor | None,
+    biases: list[Tensor | None],
+    outs: list[Tensor],
+    v: Tensor | None,
+) -> None:
+    others = [torch.zeros_like(out) for out in outs]
+    sums = combine_rows(parts, steps, scales, biases, outs, v)
+    with kernels.using(kernels.TORCH):
+        expected = combine_rows(parts, steps, scales, biases, others, v)
+    assert (sums is None) is (expected is None)
+    if sums is not None and expected is not None:
+        assert torch.equal(sums, expected)
+    for out, other in zip(outs, others, strict=True):
+        assert torch.equal(out, other)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_what_is_combined_is_that_of_pytorch(data: st.DataObject) -> None:
+    """In pieces, with and without biases and scales, gaps between rows, and of parts that say anything."""
+    count, widths = data.draw(st.integers(0, 20)), data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=3))
+    columns, gap = sum(widths), data.draw(st.integers(0, 3))
+    torch.manual_seed(data.draw(st.integers(0, 1 << 30)))
+    dtype, scaled = data.draw(st.sampled_from(FLOATS)), data.draw(st.booleans())
+    parts = [integers(count, columns + gap)[:, :columns] for _ in range(data.draw(st.sampled_from([1, 2, 3, 4, 16])))]
+    biases = [
+        torch.randn(w).to(data.draw(st.sampled_from(FLOATS))) if data.draw(st.booleans()) else None for w in widths
+    ]
+    outs = [torch.full((count, w + gap), 7.0, dtype=dtype)[:, :w] for w in widths]
+    steps = torch.rand(count, 1) * 10.0 ** torch.randint(-38, 20, (count, 1))
+    v = vectors(vs, columns) if (vs := data.draw(st.integers(0, 3))) else None
+    compare_combined(parts, steps, torch.rand(columns) if scaled else None, biases, outs, v)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(2, 5000), (301, 1003), (3000, 1), (1025, 4096)], ids=str)
+def test_what_is_combined_of_long_rows_and_many(shape: tuple[int, int], dtype: torch.dtype, threads: None) -> None:
+    """Longer than what is staged at a time; parted between threads; written past the caches."""
+    parts, steps = [integers(*shape), integers(*shape)], torch.rand(shape[0], 1)
+    out = torch.empty(shape, dtype=dtype)
+    compare_combined(parts, steps, torch.rand(shape[1]), [torch.randn(shape[1])], [out], vectors(2, shape[1]))
+
+
+def test_what_kernels_are_given_is_checked() -> None:
+    """Sizes that do not fit are an error, not memory that is not theirs."""
+    native, x, steps = kernels.native(), torch.randn(4, 6), torch.ones(4, 1)
+    assert native is not None
+    ints, v, sums = torch.zeros(4, 6, dtype=torch.int32), vectors(2, 6), torch.zeros(4, 2, dtype=torch.int64)
+    good = [[ints], steps, torch.ones(6), [None], [x], v, sums]
+    native.combine(*good)
+    for place, bad in [
+        (0, []),
+        (0, [ints[:3]]),
+        (0, [ints] * 17),
+        (1, steps[:3]),
+        (2, torch.ones(5)),
+        (3, [torch.ones(5)]),
+        (4, [x[:, :5]]),
+        (4, [x.double()]),
+        (5, v[:, :5].contiguous()),
+        (6, sums[:3]),
+        (6, None),
+    ]:
+        with pytest.raises((ValueError, TypeError)):
+            native.combine(*good[:place], bad, *good[place + 1 :])
+    if not native.shares():
+        return
+    good = [x, torch.ones(6), 1e-6, 1e-38, SEEDS[:1], 0, ints, steps, v, sums]
+    native.share(*good)
+    for place, bad in [
+        (0, x.double()),
+        (0, x[:, ::2]),
+        (1, torch.ones(5)),
+        (4, [bytes(31)]),
+        (4, SEEDS * 6),
+        (5, -1),
+        (6, ints[:3]),
+        (7, steps[:3]),
+        (8, vectors(9, 6)),
+        (9, None),
+    ]:
+        with pytest.raises((ValueError, TypeError)):
+            native.share(*good[:place], bad, *good[place + 1 :])
