@@ -63,6 +63,17 @@ tempo::FieldSums field_sums(const Vectors &vectors, const Sums &sums, int64_t ro
     return {int(vectors->shape(0)), columns, vectors->data(), sums->data(), nullptr};
 }
 
+void sum_rows(const Ints &x, const Lines<const int32_t> &vectors, const Lines<int64_t> &out) {
+    const int64_t rows = int64_t(x.shape(0)), columns = int64_t(x.shape(1));
+    require(columns <= 1 || x.stride(1) == 1, "rows have to be contiguous");
+    tempo::FieldRows r{{x.data(), x.stride(0)}, rows, field_sums(vectors, out, rows, columns), nullptr};
+    nb::gil_scoped_release release;
+    const Memory<int32_t> integers(tempo::word_count(0));
+    const Memory<uint32_t> packed(r.sums.vectors * tempo::packed_width(columns));
+    r.integers = integers.get(), r.sums.packed = packed.get();
+    tempo::active->sum_rows(r);
+}
+
 // The seed's number and the element, for every word that was refused.
 Refused share(const Matrix &x, const std::optional<Line<const float>> &scales, double ratio, float least_step,
               const std::vector<nb::bytes> &seeds, int64_t first, const Lines<int32_t> &out, const Lines<float> &steps,
@@ -142,6 +153,7 @@ namespace tempo {
 void bind_shares(nb::module_ &m) {
     m.def("shares", &::shares);
     m.def("expand", &::expand, nb::arg("seed"), nb::arg("block"), nb::arg("out"), nb::arg("half"));
+    m.def("sum_rows", &::sum_rows, nb::arg("x"), nb::arg("vectors"), nb::arg("out"));
     m.def("share", &::share, nb::arg("x"), nb::arg("scales").none(), nb::arg("ratio"), nb::arg("least_step"),
           nb::arg("seeds"), nb::arg("first"), nb::arg("out"), nb::arg("steps"), nb::arg("vectors").none(),
           nb::arg("sums").none());

@@ -126,4 +126,16 @@ class RowSums {
     Total totals[kMostFieldVectors];
 };
 
+inline void sum_rows(const FieldRows &r) {
+    RowSums sums(r.sums);
+    for (int64_t row = 0; row < r.rows; ++row) {
+        for (int64_t column = 0; column < r.sums.columns; column += kAhead) {
+            const int64_t left = r.sums.columns - column, count = left < kAhead ? left : kAhead;
+            std::memcpy(r.integers, r.x.data + row * r.x.stride + column, size_t(count) * sizeof *r.integers);
+            sums.add(r.integers, column, count);
+        }
+        sums.finish(row);
+    }
+}
+
 }  // namespace tempo::TEMPO_ISA

@@ -23,6 +23,7 @@ const Table &table() {
         .activation = activation,
         .attend = attend,
         .differentiate_attention = differentiate_attention,
+        .sum_rows = sum_rows,
         .combine = combine,
 #if defined(__AES__)
         .expand = expand,

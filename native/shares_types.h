@@ -38,6 +38,19 @@ struct FieldSums {
 
 inline int64_t packed_width(int64_t columns) { return (columns + 47) / 16 * 16; }  // with what may be read beyond
 
+// Integers of one matrix, its rows contiguous and `stride` elements apart; they may be changed by others meanwhile.
+struct Part {
+    const int32_t *data;
+    int64_t stride;
+};
+
+struct FieldRows {
+    Part x;
+    int64_t rows;
+    FieldSums sums;
+    int32_t *integers;  // memory for `word_count(0)` numbers, in whole cache lines
+};
+
 // Rows are rounded to integers, and less the shares that seeds stand for: src/tempo/schemes/fixed_point.py.
 struct Shares {
     const void *x;  // (rows, columns), float32 or bfloat16, its rows contiguous and `stride` elements apart
@@ -62,12 +75,6 @@ struct Output {
     bool half;
     int64_t columns, stride;
     const float *bias;  // (columns), or null
-};
-
-// Integers of one matrix, its rows contiguous and `stride` elements apart; they may be changed by others meanwhile.
-struct Part {
-    const int32_t *data;
-    int64_t stride;
 };
 
 // Products of shares are added up, and get their scale again.

@@ -18,6 +18,7 @@ struct Table {
     void (*activation)(Activation kind, const float *x, const float *g, float *out, int64_t size);
     void (*attend)(const Attention &);
     void (*differentiate_attention)(const Attention &);
+    void (*sum_rows)(const FieldRows &);
     void (*combine)(const Combination &);
     void (*expand)(const Expansion &);  // this and the next are null without instructions for AES
     void (*share)(const Shares &);

@@ -11,16 +11,25 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from tempo import kernels
 from tempo.wire.residues import reduce_
 
 VECTORS: Final = 2
 
 _ROWS: Final = 1 << 18
-"""Elements that are spread into limbs at a time: they stay in a core's cache."""
+"""Elements that are summed at a time: spread into limbs they stay in a core's cache, and they are worth a thread."""
 
 
 def row_sums(x: Tensor, vectors: Tensor) -> Tensor:
     """``x v mod p`` of int32 residues ``x`` (T, d) and ``vectors`` (k, d): int64 residues (T, k)."""
+    if native := kernels.native():
+        x, sums = x.contiguous(), torch.empty(len(x), len(vectors), dtype=torch.int64)
+
+        def part(first: int, last: int) -> None:
+            native.sum_rows(x[first:last], vectors, sums[first:last])
+
+        kernels.in_parts(part, len(x), max(1, _ROWS // max(1, x.shape[1])))
+        return sums
     halves = torch.cat(_halves(vectors)).t()
     k, step = len(vectors), max(1, _ROWS // max(1, x.shape[1]))
     out = torch.empty(len(x), k, dtype=torch.int64)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tempo import kernels
 from tempo.schemes.fixed_point import combine_rows, most_omega, share_rows
+from tempo.verify.field import row_sums
 from tempo.wire.residues import HALF, SEED_BYTES, expand, reduce_
 
 SEEDS = [number.to_bytes(SEED_BYTES, "little") for number in (1137460, 4643994, 3)]
@@ -153,6 +154,17 @@ def test_what_is_combined_of_long_rows_and_many(shape: tuple[int, int], dtype: t
     parts, steps = [integers(*shape), integers(*shape)], torch.rand(shape[0], 1)
     out = torch.empty(shape, dtype=dtype)
     compare_combined(parts, steps, torch.rand(shape[1]), [torch.randn(shape[1])], [out], vectors(2, shape[1]))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 1), (3, 70), (2, 5000), (301, 2003)], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_sums_of_integers_are_those_of_pytorch(shape: tuple[int, int], count: int, threads: None) -> None:
+    x, v = integers(*shape), vectors(count, shape[1])
+    v[:, ::2] = HALF
+    sums = row_sums(x, v), row_sums(x.t().contiguous().t(), v)
+    with kernels.using(kernels.TORCH):
+        expected = row_sums(x, v)
+    assert all(torch.equal(found, expected) for found in sums)
 
 
 def test_what_kernels_are_given_is_checked() -> None:
