@@ -149,7 +149,8 @@ class Session:
         Args:
             model: Any module with its parameters on the CPU.
             base: Whether workers may know nearly the weights that it starts from; None: as the settings say. Decides
-                between `mix` and `mix-tuned` under ``scheme="mix"``.
+                between `mix` and `mix-tuned` under ``scheme="mix"``. Under ``scheme="split"`` frozen weights are sent
+                only if it is ``public``; with ``auto`` those are used that all workers loaded themselves.
             trusted: Modules to keep here, as shell patterns of their names, besides those of the settings.
             offload: Layers to send in spite of what they see, besides those of the settings.
 
@@ -165,13 +166,19 @@ class Session:
             raise SettingsError(f"protect(): {elsewhere}; the trusted side runs on the CPU: call model.cpu() first")
         found = origin(model, base or self.settings.base)
         scheme = self._scheme_for(found)
-        if scheme.traits.public_weights and (base or self.settings.base) != "public":
+        said = base or self.settings.base
+        if scheme.traits.public_weights and said == "secret":
             raise SettingsError(
-                f"protect(): scheme {scheme.name!r} sends frozen weights as they are: say base='public' if everyone "
-                "may have them, or choose a scheme that hides weights ('mix')"
+                f"protect(): scheme {scheme.name!r} sends frozen weights as they are: choose one that hides weights "
+                "('mix'), or say base='public' if everyone may have them"
             )
         self._layers += protect(
-            model, self._engine, scheme, [*self.settings.trusted, *trusted], [*self.settings.offload, *offload]
+            model,
+            self._engine,
+            scheme,
+            [*self.settings.trusted, *trusted],
+            [*self.settings.offload, *offload],
+            declared=said == "public",
         )
         if self._engine.truth is not None:
             self._engine.truth.masked_by(scheme.name)

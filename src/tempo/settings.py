@@ -21,7 +21,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     base: Literal["auto", "public", "secret"] = "auto"
     """Whether workers may know nearly the weights that a model starts from. ``auto``: unless Tempo knows better, yes.
-    Where they may, scheme `mix` gives way to `mix-tuned`. In a recipe ``secret`` also makes them so."""
+    Where they may, scheme `mix` gives way to `mix-tuned`. Scheme `split` sends frozen weights under
+    ``public``; under ``auto`` it sends none and uses those that all workers loaded themselves. In a recipe ``secret``
+    also makes them so."""
 
     placement: Literal["auto", "all"] = "auto"
     """``auto`` offloads what pays and is not too near inputs or labels; ``all`` everything that can be, for tests,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import tempo
+from tempo.errors import SettingsError, WorkerLacksWeightError
 
 ROWS = 64
 
@@ -105,3 +106,46 @@ def test_weights_of_the_base_do_not_travel(base: Block, addresses: list[str], au
     expected, gradient = step(base)
     assert (y - expected).norm() <= bound * expected.norm()
     assert (grad - gradient).norm() <= bound * gradient.norm()
+
+
+def test_what_all_workers_have_goes_out_although_nobody_said_that_it_is_public(
+    base: Block, addresses: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = copy.deepcopy(base)
+    model.down.weight.data.add_(0.01 * torch.randn(48, 80))  # secret, or of another base
+    with tempo.connect(*addresses, scheme="split", placement="all") as session:
+        before = session.stats()
+        y, grad = step(session.protect(copy.deepcopy(model)))
+        stats, lines = session.stats() - before, str(session.summary()).splitlines()
+    assert "every worker has 4 of 5 frozen weights" in caplog.text
+    assert any("down" in line and "not every worker has its weight" in line for line in lines)
+    assert stats.flops_trusted == 2 * 2 * ROWS * 80 * 48  # of two calls
+    down = sum(p.numel() for p in (base.q.weight, base.k.weight, base.v.weight, base.up.weight))
+    assert stats.flops_offloaded > 2 * 2 * ROWS * down
+    expected, gradient = step(model)
+    assert (y - expected).norm() <= 2e-3 * expected.norm()
+    assert (grad - gradient).norm() <= 2e-3 * gradient.norm()
+
+
+def test_what_no_worker_has_is_refused_until_somebody_says_that_it_is_public(base: Block, addresses: list[str]) -> None:
+    with tempo.connect(*addresses, scheme="split", placement="all") as session:
+        before = session.stats()
+        for said, match in ("auto", "none here that every worker has"), ("secret", "choose one that hides weights"):
+            model = changed(base)
+            with pytest.raises(SettingsError, match=match):
+                session.protect(model, base=said)
+            assert type(model.q) is nn.Linear
+        assert (session.stats() - before).bytes_sent == 0
+        session.protect(changed(base), base="public")
+
+
+def test_a_weight_that_a_worker_only_claimed_to_have_is_not_sent(
+    base: Block, addresses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempo.connect(*addresses, scheme="split", placement="all") as session:
+        monkeypatch.setattr(session._engine, "known", lambda digests: [True] * len(digests))  # as liars would have it
+        model = session.protect(changed(base))
+        before = session.stats()
+        with pytest.raises(WorkerLacksWeightError, match=r"lacks its weight.* it was not sent"):
+            model(torch.randn(ROWS, 48))
+        assert (session.stats() - before).bytes_sent == 0

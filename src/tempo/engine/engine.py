@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tempo.engine.batch import Batch
 from tempo.engine.crew import Crew
-from tempo.engine.link import Link
+from tempo.engine.link import ACKNOWLEDGED, Link
 from tempo.engine.placement import Planner
 from tempo.engine.public import PublicWeights
 from tempo.engine.recall import Recall
@@ -24,10 +24,11 @@ from tempo.engine.sharing import InputSharing
 from tempo.engine.stats import Stats
 from tempo.engine.truth import TruthRecorder
 from tempo.engine.verifier import Verifier
-from tempo.errors import SessionClosedError, WorkerError
+from tempo.errors import SessionClosedError, WorkerError, WorkerLacksWeightError
 from tempo.keys import KeySchedule
 from tempo.schemes.base import Scheme, Target
 from tempo.settings import Settings
+from tempo.wire.messages import Seek
 
 if TYPE_CHECKING:
     from tempo.engine.call import WeightGradients
@@ -144,6 +145,23 @@ class Engine:
     def empty(self, worker: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A send buffer of that worker's link."""
         return self.links[worker].empty(shape, dtype)
+
+    def known(self, digests: Sequence[bytes]) -> list[bool]:
+        """Of public integers with these digests, whether every worker that takes part says that it has them.
+
+        Raises:
+            WorkerError: One was lost, or did not answer in time.
+        """
+        links = [self.links[number] for number in self.crew.present]
+        asked = [[link.request(Seek(digest=digest), {}, {})[ACKNOWLEDGED] for link in links] for digest in digests]
+        return [all(self._has(future) for future in futures) for futures in asked]
+
+    def _has(self, answer: Future[Any]) -> bool:
+        try:
+            answer.result(self.settings.request_timeout)
+        except WorkerLacksWeightError:
+            return False
+        return True
 
     def batch(self, product: Product) -> Batch:
         """A batch of requests for one product, one to each worker that takes part."""

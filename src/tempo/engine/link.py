@@ -51,6 +51,7 @@ from tempo.wire.messages import (
     Probe,
     Request,
     Result,
+    Seek,
     Segment,
     Store,
     TensorRef,
@@ -399,13 +400,14 @@ class Link:
         if pending is None:
             raise ProtocolError(f"a failure of request {message.id}, which is not in flight")
         where = f"worker {self.address}"
-        if not isinstance(pending.request, Probe):
+        if not isinstance(pending.request, Probe | Seek):
             where += f", layer {pending.request.layer}"
         if message.code == "out-of-memory":
             advice = "raise its --memory-limit, use a smaller batch, or add workers"
             self._fail(pending, WorkerOutOfMemoryError(f"{where}: out of memory: {why}; {advice}"))
         else:
-            asked = isinstance(pending.request, Store) and pending.request.digests
+            request = pending.request
+            asked = isinstance(request, Seek) or (isinstance(request, Store) and request.digests)
             kind = WorkerLacksWeightError if asked and message.code == "unknown-digest" else WorkerFailedError
             self._fail(pending, kind(f"{where}: {message.code}: {why}"))
 

@@ -238,7 +238,12 @@ class Product:
         if not again:
             engine.weights_changed()
         stored = StoredWeight(
-            self, encoded, targets, weights[0].dtype, public=[len(s) for s in sources] if public else ()
+            self,
+            encoded,
+            targets,
+            weights[0].dtype,
+            public=[len(source) for source in sources] if public else (),
+            sendable=not public or all(map(engine.public.may_be_sent, sources)),
         )
         if engine.truth is not None:
             for posted in stored.posted:

@@ -215,7 +215,7 @@ class Site:
         if weight.requires_grad:
             return f"its weight is trained, and scheme {self.scheme.name!r} sends weights as they are"
         if not self.engine.public.holds(weight):
-            return "its weight is not the one that was protected as public (adapters merged into it, another dtype?)"
+            return self.engine.public.why_not(weight)
         return None
 
     def stays(self, x: Tensor, weight: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tempo.errors import WorkerLacksWeightError
 from tempo.schemes.base import EncodedWeight, Operand, Target
 from tempo.verify.checks import WeightCheck
 from tempo.wire.integers import digest
@@ -29,6 +30,10 @@ class StoredWeight:
         checks: Of answers, where they are there already.
         public: The rows of each public weight that it is made of: workers are asked whether they have them, and sent
             what they lack. Empty if it is masked.
+        sendable: Whether it may be sent; else workers have to have it.
+
+    Raises:
+        WorkerLacksWeightError: A worker has not what it said it had.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class StoredWeight:
         dtype: torch.dtype,
         checks: dict[int, WeightCheck] | None = None,
         public: Sequence[int] = (),
+        sendable: bool = True,
     ) -> None:
         engine = product.engine
         self.encoded = encoded
@@ -57,6 +63,8 @@ class StoredWeight:
         """What workers were asked to do to the weight, and need only acknowledge."""
         engine.forget_after(self, self.workers, weight=self.number)
         there = self._found(batch, encoded.operands, public) if public else set()
+        if not sendable:
+            self._demand(product, there)
         for operand in encoded.operands:
             if operand.worker not in there:
                 batch.post(operand, Store, {}, weight=self.number)
@@ -70,6 +78,17 @@ class StoredWeight:
         for operand in operands:
             batch.post(replace(operand, tensors={}), Store, {}, weight=self.number, digests=digests)
         return {operand.worker for operand in operands}.difference(batch.acknowledged())
+
+    def _demand(self, product: Product, there: set[int]) -> None:
+        for worker in self.workers:
+            if worker not in there:
+                address = product.engine.links[worker].address
+                error = WorkerLacksWeightError(
+                    f"layer {product.name!r}: worker {address} lacks its weight, which all workers had when the model "
+                    "was protected; it was not sent, since nobody said base='public'"
+                )
+                error.worker = worker
+                raise error
 
     def confirm(self) -> None:
         """Raise what kept a worker from storing or changing the weight, before its consequences are met."""

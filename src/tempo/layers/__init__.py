@@ -30,6 +30,8 @@ class LayerType:
     methods: tuple[str, ...] = ("forward",)
     """What a subclass may override only if it passes the product on."""
     make_site: Callable[[Site], Site] = lambda site: site
+    transposed: bool = False
+    """Whether weights have input features first."""
     computes: bool = True
     """Whether it has products of its own, or only sees to it that its children's are not bypassed."""
 
@@ -46,7 +48,7 @@ REGISTRY: list[LayerType] = [
 
 if find_spec("transformers") is not None:
     _hf = import_module("tempo.layers.hf_conv1d")
-    REGISTRY.append(LayerType(_hf.Conv1D, _hf.ProtectedHFConv1D))
+    REGISTRY.append(LayerType(_hf.Conv1D, _hf.ProtectedHFConv1D, transposed=True))
 
 
 def layer_type(module: nn.Module) -> LayerType | None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tempo.engine.engine import Engine
 from tempo.engine.site import Site
 from tempo.errors import ProtectionWarning, SettingsError
-from tempo.layers import layer_type
+from tempo.layers import LayerType, layer_type
 from tempo.layers.adapters import private_layers
 from tempo.layers.base import Protected, overrides, protected_class
 from tempo.layers.exposed import CONVOLUTIONS, exposed_layers
@@ -22,6 +23,8 @@ from tempo.layers.memory_format import restore_outputs, unaware
 from tempo.schemes.base import Scheme
 from tempo.trusted.mode import Root, root_class
 from tempo.wire.messages import Conv, Linear
+
+log = logging.getLogger("tempo")
 
 _LARGE_SHARE = 0.1
 """A last layer of this share of the parameters or more is worth a word about what it costs to keep."""
@@ -38,7 +41,13 @@ class ProtectedLayer:
 
 
 def protect(
-    model: nn.Module, engine: Engine, scheme: Scheme, trusted: Sequence[str], offload: Sequence[str]
+    model: nn.Module,
+    engine: Engine,
+    scheme: Scheme,
+    trusted: Sequence[str],
+    offload: Sequence[str],
+    *,
+    declared: bool = False,
 ) -> list[ProtectedLayer]:
     """Swap the class of every supported layer of ``model``.
 
@@ -48,12 +57,14 @@ def protect(
         scheme: What masks them.
         trusted: Shell patterns of module names that stay in the trusted process.
         offload: The same of layers that may go out although they are `exposed_layers`.
+        declared: Whether the user said that frozen weights are public. If not, those go out that all workers have
+            already, where the scheme does not hide weights.
 
     Returns:
         The layers found, whether they go out or not, then the unsupported ones.
 
     Raises:
-        SettingsError: The model is protected already, or a pattern covers no layer.
+        SettingsError: The model is protected already, a pattern covers no layer, or no weight may go out.
     """
     if any(isinstance(module, Protected) for module in model.modules()):
         raise SettingsError("this model is protected already; call unprotect() of its session first")
@@ -66,12 +77,17 @@ def protect(
     layers = [(name, module) for name, module, entry in supported if entry.computes]
     for setting, patterns in (("trusted", trusted), ("offload", offload)):
         _check_patterns(setting, patterns, [name for name, _ in layers], inside)
+    kept = _reasons_to_keep(model, layers, engine, scheme, trusted, offload)
+    if scheme.traits.public_weights:
+        weights = [w for name, module, entry in supported if name not in kept for w in _frozen(module, entry)]
+        if declared:
+            for weight in weights:
+                engine.public.add(weight)
+        else:
+            _seek(engine, scheme, weights)
     channels_last = engine.settings.memory_format == "auto" and unaware(model)
     if channels_last:
         model.register_forward_hook(restore_outputs)
-    kept = _reasons_to_keep(model, layers, engine, scheme, trusted, offload)
-    if scheme.traits.public_weights:
-        _publish(engine, [module for name, module, _ in supported if name not in kept])
     found = []
     for name, module, entry in supported:
         reason = kept.get(name)
@@ -118,17 +134,40 @@ def unprotect(model: nn.Module) -> None:
             module.__class__ = module._tempo_original  # type: ignore[assignment]
 
 
-def _publish(engine: Engine, modules: Sequence[nn.Module]) -> None:
-    """Take note of the frozen weights of ``modules``, which are public as they are now."""
-    for module in modules:
-        attention = isinstance(module, nn.MultiheadAttention)
-        for parameter in module.parameters(recurse=attention):
-            if is_lazy(parameter) or parameter.dim() < 2 or parameter.requires_grad:
-                continue
+def _frozen(module: nn.Module, entry: LayerType) -> list[Tensor]:
+    """The frozen weights of a layer as they are multiplied, output features first."""
+    attention = isinstance(module, nn.MultiheadAttention)
+    weights: list[Tensor] = []
+    for parameter in module.parameters(recurse=attention):
+        if is_lazy(parameter) or parameter.dim() < 2 or parameter.requires_grad:
+            continue
+        w = parameter.detach().flatten(1)
+        weights.append(w.t() if entry.transposed else w)
+        if attention and parameter is module.in_proj_weight:
             # Self-attention reads one projection at a time, attention to something else keys and values together.
-            pieces = (*parameter.chunk(3), parameter[len(parameter) // 3 :]) if attention else ()
-            for weight in (parameter, *pieces):
-                engine.public.add(weight)
+            weights += (*w.chunk(3), w[len(w) // 3 :])
+    return weights
+
+
+def _seek(engine: Engine, scheme: Scheme, weights: Sequence[Tensor]) -> None:
+    """Ask workers which weights they have; what some lack is not sent, since nobody said that it may be."""
+    found = engine.known([scheme.public_digest(weight) for weight in weights])
+    for weight, known in zip(weights, found, strict=True):
+        engine.public.sought(weight, known)
+    if weights and not any(found):
+        raise SettingsError(
+            f"protect(): scheme {scheme.name!r} sends frozen weights as they are, and there is none here that every "
+            "worker has in a --base of its own: say base='public' if everyone may have them, or choose a scheme that "
+            "hides weights ('mix')"
+        )
+    log.log(
+        logging.INFO if all(found) else logging.WARNING,
+        "scheme %r: every worker has %d of %d frozen weights in its --base; the others stay here (base='public' sends "
+        "them)",
+        scheme.name,
+        sum(found),
+        len(found),
+    )
 
 
 def _multiplies(module: nn.Module) -> bool:

@@ -232,6 +232,10 @@ class Scheme(ABC):
         """What workers are asked to compute for ``product``."""
         return product
 
+    def public_digest(self, w: Tensor) -> bytes:
+        """By what workers know a public weight (m, d); only of schemes with ``public_weights``."""
+        raise NotImplementedError(f"scheme {self.name!r} hides weights")
+
     def refuses(self, product: Product, x: tuple[int, ...], w: tuple[int, ...]) -> str | None:
         """Why a product of operands of these shapes must stay in the trusted process, or None."""
         return None

@@ -38,7 +38,7 @@ from tempo.schemes.reply import Reply
 from tempo.settings import Settings
 from tempo.verify.field import VECTORS, row_sums
 from tempo.verify.policy import Policy
-from tempo.wire.integers import integers
+from tempo.wire.integers import digest, integers
 from tempo.wire.messages import Conv, Product, Residues
 from tempo.wire.residues import SEED_BYTES, P, expand
 
@@ -88,6 +88,10 @@ class Split(Scheme):
     def asks(self, product: Product) -> Product:
         """A product mod p."""
         return Residues()
+
+    def public_digest(self, w: Tensor) -> bytes:
+        """Of its integers."""
+        return digest(integers(w, self.bits)[0])
 
     def refuses(self, product: Product, x: tuple[int, ...], w: tuple[int, ...]) -> str | None:
         """Only fully connected layers, and convolutions as patches; and none so large that rows would have few bits."""

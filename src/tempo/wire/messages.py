@@ -173,6 +173,12 @@ class Store(_Request, frozen=True, kw_only=True, tag="store"):
     digests: Annotated[tuple[Digest, ...], Meta(max_length=1024)] = ()
 
 
+class Seek(_Request, frozen=True, kw_only=True, tag="seek"):
+    """Ask whether a later `Store` by ``digest`` would find it. Answered as that would be; nothing is kept."""
+
+    digest: Digest
+
+
 class Forward(_Request, frozen=True, kw_only=True, tag="forward"):
     """Multiply ``x`` by a stored weight, answer ``y``; keep ``x`` as ``operand`` unless that is 0."""
 
@@ -288,6 +294,6 @@ class Alive(_Struct, frozen=True, tag="alive"):
 BEAT = 1.0
 """Seconds between signs of life."""
 
-Request = Store | Forward | Backward | Update | Fetch | Probe
-ToWorker = Hello | Segment | Store | Forward | Backward | Update | Fetch | Forget | Probe
+Request = Store | Seek | Forward | Backward | Update | Fetch | Probe
+ToWorker = Hello | Segment | Store | Seek | Forward | Backward | Update | Fetch | Forget | Probe
 ToTrusted = Welcome | Result | Failure | Alive

@@ -39,13 +39,14 @@ class Source:
     name: str
     transposed: bool
     bits: int
+    rows: slice
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     def read(self) -> Tensor:
         """The integers, from the file as it is now. Raises SafetensorError or OSError."""
         with safe_open(self.path, framework="pt") as file:
-            return integers(_oriented(file.get_tensor(self.name), self.transposed), self.bits)[0]
+            return integers(_oriented(file.get_tensor(self.name), self.transposed), self.bits)[0][self.rows]
 
 
 @final
@@ -80,7 +81,7 @@ class Base:
         Raises:
             Refusal: One of them is not here, they do not fit together, or there is no memory.
         """
-        sources = [self._find(key) for key in digests]
+        sources = [self.find(key) for key in digests]
         first = sources[0]
         if any((source.shape[1:], source.dtype) != (first.shape[1:], first.dtype) for source in sources):
             raise Refusal("bad-request", "weights of different widths or dtypes are no weight together")
@@ -96,7 +97,8 @@ class Base:
             raise
         return Incoming(whole, block)
 
-    def _find(self, key: bytes) -> Source:
+    def find(self, key: bytes) -> Source:
+        """Where integers with this digest come from, or `Refusal`."""
         if key not in self._sources:
             raise Refusal("unknown-digest", "not among the weights of this worker's --base")
         return self._sources[key]
@@ -119,17 +121,28 @@ def _index(path: Path, bits: Sequence[int]) -> Iterator[tuple[bytes, Source]]:
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
-                part = file.get_slice(name)
-                shape = part.get_shape()
-                if len(shape) < 2 or 0 in shape or part.get_dtype() not in _FLOATS:
+                header = file.get_slice(name)
+                sizes = header.get_shape()
+                if len(sizes) < 2 or 0 in sizes or header.get_dtype() not in _FLOATS:
                     continue
                 w = file.get_tensor(name)
-                for transposed in (False, True) if len(shape) == 2 else (False,):
+                for transposed in (False, True) if len(sizes) == 2 else (False,):
                     for count in bits:
                         w_q, _ = integers(_oriented(w, transposed), count)
-                        yield digest(w_q), Source(path, name, transposed, count, tuple(w_q.shape), w_q.dtype)
+                        for rows in _parts(len(w_q), w_q.shape[1]):
+                            part = w_q[rows]
+                            yield (
+                                digest(part),
+                                Source(path, name, transposed, count, rows, tuple(part.shape), part.dtype),
+                            )
     except (SafetensorError, OSError) as error:
         raise SettingsError(f"--base: {path} cannot be read as safetensors: {error}; download it again") from None
+
+
+def _parts(rows: int, features: int) -> list[slice]:
+    """The whole; and of query, key and value in one, as in `nn.MultiheadAttention`, each, and the last two."""
+    whole, packed = slice(0, rows), rows == 3 * features
+    return [whole, *(slice(features * a, features * b) for a, b in ((0, 1), (1, 2), (2, 3), (1, 3)) if packed)]
 
 
 def _oriented(w: Tensor, transposed: bool) -> Tensor:

@@ -28,6 +28,7 @@ from tempo.wire.messages import (
     Request,
     Residues,
     Result,
+    Seek,
     Shape,
     Store,
     TensorRef,
@@ -167,7 +168,7 @@ class Executor:
                 taken, self._delivered = now - max(started, self._delivered), now
                 for answer in answers:
                     self._compute.device.download(answer.room, answer.out)
-                if self._transcript is not None and not isinstance(message, Probe):
+                if self._transcript is not None and not isinstance(message, Probe | Seek):
                     self._transcript.record(message, tensors | {answer.ref.name: answer.out for answer in answers})
             except Exception as error:
                 self._explain(message, error)
@@ -230,6 +231,10 @@ class Executor:
         match message:
             case Store():
                 return self._plan_store(message, incoming)
+            case Seek():
+                _expect(message, incoming, [], [])
+                self._base.find(message.digest)
+                return Plan({})
             case Forward():
                 return self._plan_forward(message, incoming)
             case Backward():

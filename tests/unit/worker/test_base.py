@@ -27,7 +27,7 @@ def weights(tmp_path: Path) -> dict[str, Tensor]:
     torch.manual_seed(0)
     folder = tmp_path / "base"
     folder.mkdir()
-    first = {"q": torch.randn(8, 12), "k": torch.randn(4, 12).bfloat16(), "bias": torch.randn(8)}
+    first = {"q": torch.randn(8, 12), "k": torch.randn(4, 12).bfloat16(), "qkv": torch.randn(15, 5)}
     second = {"gpt2": torch.randn(12, 8).double(), "conv": torch.randn(6, 3, 2, 2), "table": torch.arange(6).view(2, 3)}
     save_file(first, folder / "model-00001-of-00002.safetensors")
     save_file(second, folder / "model-00002-of-00002.safetensors")
@@ -49,6 +49,7 @@ def stored(link: Link, parts: Sequence[Tensor]) -> Tensor:
 def test_every_matrix_is_there_as_integers(start: Start, weights, tmp_path: Path, transport: str, bits: int) -> None:
     link = start(base=(tmp_path / "base",)).link(transport)
     asked = [weights["q"], weights["k"], weights["gpt2"], weights["gpt2"].t(), weights["conv"].flatten(1)]
+    asked += [weights["qkv"], *weights["qkv"].chunk(3), weights["qkv"][5:]]
     for w in asked:
         w_q, _ = integers(w, bits)
         assert torch.equal(stored(link, [w_q]), w_q)
