@@ -50,14 +50,21 @@ def test_plan_shows_both_models_on_all_hardware_and_what_it_rests_on(bench, monk
     # Every assumption.
     for shown in ("the block that was measured", "the CPU that measured", "0.50 ns", "20.0 GFLOP/s", "1,024 tokens"):
         assert shown in result.output
-    for shown in ("12 bits", "float64 at 40%", "90% of their memory", "$0.05/h", "$0.00/GB", "no recomputation"):
+    for shown in (
+        "12 bits",
+        "(here int8), at 25%",
+        "90% of their memory",
+        "$0.05/h",
+        "$0.00/GB",
+        "no recomputation",
+    ):
         assert shown in result.output
 
 
 def test_plan_follows_its_options(bench):
     options = ["--gpu", "a100", "--link", "25", "--cores", "4", "--colluders", "2", "--bits", "8", "--sequence", "512"]
     prices = ["--price", "a100=2", "--price", "core=0.1", "--price", "gigabyte=0.01"]
-    command = ["plan", "llama-2-7b", "--bench", str(bench), *options, *prices, "--arithmetic", "int8", "--json", "-"]
+    command = ["plan", "llama-2-7b", "--bench", str(bench), *options, *prices, "--json", "-"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -69,8 +76,7 @@ def test_plan_follows_its_options(bench):
         "cores": 4,
         "colluders": 2,
         "weight_bits": 8,
-        "arithmetic": "int8",
-        "utilisation": 0.4,
+        "utilisation": 0.25,
         "memory_share": 0.9,
         "core_hour": 0.1,
         "gigabyte": 0.01,
@@ -90,7 +96,6 @@ def test_plan_follows_its_options(bench):
         (["--link", "0"], "0 Gbit/s"),
         (["--cores", "0"], "cores"),
         (["--bits", "17"], "weight_bits"),
-        (["--arithmetic", "float32"], "arithmetic"),
         (["--utilisation", "1.5"], "utilisation"),
         (["--price", "h200=3"], "h100"),
         (["--price", "h100=much"], "h100=0.50"),

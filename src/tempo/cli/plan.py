@@ -55,9 +55,6 @@ def plan(
         int, typer.Option(help="Operators that may collude: one less than take part.")
     ] = _DEFAULTS.colluders,
     bits: Annotated[int, typer.Option(help="Of a weight's integers.")] = _DEFAULTS.weight_bits,
-    arithmetic: Annotated[
-        str, typer.Option(help="How workers multiply: float64; or int8, as if they had kernels for it.")
-    ] = _DEFAULTS.arithmetic,
     utilisation: Annotated[float, typer.Option(help="Share of a GPU's peak that is reached.")] = _DEFAULTS.utilisation,
     price: Annotated[
         list[str] | None,
@@ -76,7 +73,6 @@ def plan(
         "cores": cores,
         "colluders": colluders,
         "weight_bits": bits,
-        "arithmetic": arithmetic,
         "utilisation": utilisation,
         **{_PRICES[name]: dollars for name, dollars in prices.items() if name in _PRICES},
     }
@@ -162,6 +158,7 @@ def _figure(value: float) -> str:
 def _assumptions(found: Plan) -> Table:
     assumed, rates, machine = found.assumptions, found.rates, found.rates.machine
     table = Table("measured and assumed", "", title="What this rests on")
+    ways = {one.arithmetic for estimates in found.models.values() for one in estimates}
     rows: dict[str, Any] = {
         "trusted time, measured on": f"{rates.measured}; {machine.get('cpu')}, kernels {machine.get('kernels')}, "
         f"{machine.get('date')}",
@@ -173,9 +170,8 @@ def _assumptions(found: Plan) -> Table:
         "what goes out": "every frozen layer and the head, forward and back to the first; no recomputation",
         "wire": "the trusted side's link, both ways at once; no latency, no framing",
         "colluders": f"{assumed.colluders}; {assumed.colluders + 1} operators take part",
-        "workers": f"weights of {assumed.weight_bits} bits; products in {assumed.arithmetic} at "
-        f"{assumed.utilisation:.0%} of the published dense peak"
-        + ("" if assumed.arithmetic == "float64" else " (no kernel does that yet)"),
+        "workers": f"weights of {assumed.weight_bits} bits; products in float64 or by limbs in int8, whichever is "
+        f"faster (here {', '.join(sorted(ways))}), at {assumed.utilisation:.0%} of the published dense peak",
         "GPUs": f"of each operator as many as hold the weights in {assumed.memory_share:.0%} of their memory; they "
         "take turns, operators do not",
         "prices": ", ".join(f"{name} ${hour:.2f}/h" for name, hour in found.gpu_hours.items())

@@ -14,8 +14,10 @@ from tempo.plan.rates import Rates
 
 ELEMENT: Final = 4
 """Bytes of a residue."""
-_RESIDUE_LIMBS: Final = 4
-"""8-bit limbs of a residue."""
+_LIMBS: Final = 4
+"""Of a residue, of 8 bits; a weight has one or two."""
+_MOST_BITS: Final = 15
+"""Of a weight in limbs."""
 
 Bottleneck = Literal["trusted cores", "wire", "GPU"]
 Price = Annotated[float, Meta(ge=0, le=1e6)]
@@ -30,10 +32,8 @@ class Assumptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Of the trusted side."""
     colluders: Annotated[int, Meta(ge=1, le=15)] = 1
     weight_bits: Annotated[int, Meta(ge=4, le=16)] = 12
-    arithmetic: Arithmetic = "float64"
-    """How workers multiply."""
-    utilisation: Annotated[float, Meta(gt=0, le=1)] = 0.4
-    """Share of a GPU's peak that is reached."""
+    utilisation: Annotated[float, Meta(gt=0, le=1)] = 0.25
+    """Share of a GPU's peak that is reached, reductions mod p included."""
     memory_share: Annotated[float, Meta(gt=0, le=1)] = 0.9
     """Of a GPU's memory, that weights may take."""
     core_hour: Price = 0.05
@@ -67,6 +67,8 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """Per token, with both directions at once."""
     gpu_seconds: float
     """Per token, of the GPUs of one operator; operators work at the same time."""
+    arithmetic: Arithmetic
+    """By which they are faster."""
     tokens_per_second: float
     """Overlapped."""
     bottleneck: Bottleneck
@@ -78,10 +80,12 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     cost_in_turn: float
 
 
-def operations(shape: Shape, bits: int, arithmetic: Arithmetic) -> int:
-    """Of a worker's arithmetic per token: two products with every weight, forward and backward."""
-    limbs = _RESIDUE_LIMBS * ceil(bits / 8) if arithmetic == "int8" else 1
-    return 4 * shape.weights * limbs
+def peak_seconds(shape: Shape, gpu: GPU, bits: int) -> dict[Arithmetic, float]:
+    """Per token at the peak of each arithmetic: two products with every weight, forward and backward."""
+    seconds: dict[Arithmetic, float] = {"float64": 4 * shape.weights / gpu.float64}
+    if bits <= _MOST_BITS:
+        seconds["int8"] = 4 * shape.weights * _LIMBS * ceil(bits / 8) / gpu.int8
+    return seconds
 
 
 def attention_flops(shape: Shape, sequence: int) -> int:
@@ -106,12 +110,13 @@ def estimate(shape: Shape, gpu: GPU, link: float, rates: Rates, assumed: Assumpt
     down = operators * up
     attention = attention_flops(shape, assumed.sequence) * rates.per_attention_flop
     trusted = (up + down) * rates.per_byte + attention
-    peak = gpu.int8 if assumed.arithmetic == "int8" else gpu.float64
+    ways = peak_seconds(shape, gpu, assumed.weight_bits)
+    arithmetic = min(ways, key=ways.__getitem__)
     bits_per_second = link * 1e9
     parts: dict[Bottleneck, float] = {
         "trusted cores": trusted / assumed.cores,
         "wire": 8 * max(up, down) / bits_per_second,
-        "GPU": operations(shape, assumed.weight_bits, assumed.arithmetic) / (peak * assumed.utilisation),
+        "GPU": ways[arithmetic] / assumed.utilisation,
     }
     bottleneck = max(parts, key=parts.__getitem__)
     overlapped = parts[bottleneck]
@@ -130,6 +135,7 @@ def estimate(shape: Shape, gpu: GPU, link: float, rates: Rates, assumed: Assumpt
         attention_seconds=attention,
         wire_seconds=parts["wire"],
         gpu_seconds=parts["GPU"],
+        arithmetic=arithmetic,
         tokens_per_second=1 / overlapped,
         bottleneck=bottleneck,
         tokens_per_second_in_turn=1 / in_turn,

@@ -7,7 +7,7 @@ from typing import Final, Literal
 import msgspec
 
 Arithmetic = Literal["float64", "int8"]
-"""How a worker multiplies residues exactly: in float64, as workers do; or by 8-bit limbs, as none does yet."""
+"""How a worker multiplies residues exactly: in float64, or by limbs of 8 bits; see `tempo.worker.modular`."""
 
 
 class GPU(msgspec.Struct, frozen=True, kw_only=True):

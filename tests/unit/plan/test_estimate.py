@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tempo.plan.estimate import Assumptions, Estimate, attention_flops, estimate, operations
+from tempo.plan.estimate import Assumptions, Estimate, attention_flops, estimate, peak_seconds
 from tempo.plan.hardware import GPU, GPUS
 from tempo.plan.models import PRESETS, Shape
 from tempo.plan.rates import Rates
@@ -34,7 +34,6 @@ class Case:
     colluders: int
     utilisation: float
     gpu: str
-    arithmetic: str
     bits: int
 
     def estimate(self, shape: Shape = PRESETS["llama-2-7b"], rates: Rates = RATES) -> Estimate:
@@ -43,7 +42,6 @@ class Case:
             cores=self.cores,
             colluders=self.colluders,
             utilisation=self.utilisation,
-            arithmetic=self.arithmetic,
             weight_bits=self.bits,
         )
         return estimate(shape, GPUS[self.gpu], self.link, rates, assumed)
@@ -57,7 +55,6 @@ cases = st.builds(
     colluders=st.integers(1, 7),
     utilisation=st.floats(0.05, 1),
     gpu=st.sampled_from(sorted(GPUS)),
-    arithmetic=st.sampled_from(["float64", "int8"]),
     bits=st.integers(4, 16),
 )
 
@@ -78,7 +75,7 @@ def test_published_shapes_have_their_published_numbers_of_weights():
 
 
 def test_estimate_by_hand():
-    gpu = GPU(name="one", memory_gib=1, float64=1e6, int8=1e9, hour=3.6)
+    gpu = GPU(name="one", memory_gib=1, float64=1e6, int8=1e6, hour=3.6)
     assumed = Assumptions(sequence=100, cores=2, utilisation=0.5, core_hour=1.8, gigabyte=1000.0)
     found = estimate(TINY, gpu, 0.001, RATES, assumed)
     features, weights = 226, 1232
@@ -99,9 +96,18 @@ def test_estimate_by_hand():
 
 
 def test_limbs_of_eight_bits_multiply_operations():
-    assert operations(TINY, 12, "float64") == 4 * 1232
-    assert operations(TINY, 8, "int8") == 4 * 4 * 1232
-    assert operations(TINY, 9, "int8") == 2 * 4 * 4 * 1232
+    gpu = GPU(name="one", memory_gib=1, float64=1, int8=4, hour=0)
+    assert peak_seconds(TINY, gpu, 8) == {"float64": 4 * 1232, "int8": 4 * 1232}
+    assert peak_seconds(TINY, gpu, 15) == {"float64": 4 * 1232, "int8": 2 * 4 * 1232}
+    assert peak_seconds(TINY, gpu, 16) == {"float64": 4 * 1232}
+
+
+def test_a_gpu_multiplies_by_the_faster_way():
+    for speed, way in ((7.0, "float64"), (9.0, "int8")):
+        gpu = GPU(name="one", memory_gib=1, float64=1, int8=speed, hour=0)
+        found = estimate(TINY, gpu, 1.0, RATES, Assumptions(utilisation=0.5))
+        assert found.arithmetic == way
+        assert found.gpu_seconds == pytest.approx(2 * 4 * 1232 * min(1.0, 8 / speed))
 
 
 def test_attention_grows_with_the_length_of_sequences():
