@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models
 from typer.testing import CliRunner, Result
 
 from tempo.cli import app
+from tempo.errors import WorkerLostError
 from tempo.recipes import metrics
 from tempo.recipes.comparison import losses
 from tempo.recipes.finetune import finetune as finetuning
@@ -147,6 +148,31 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
         result = run(*command, "--out", tmp_path / "out")
     assert result.exit_code == 128 + signal.SIGINT
     assert "interrupted; step 6 is saved. Continue with: tempo finetune" in result.output
+    assert run(*command, "--out", tmp_path / "out", "--resume").exit_code == 0
+    assert losses(tmp_path / "out") == losses(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("moment", [3, 5])  # in a step, and while measuring after one
+def test_workers_that_are_lost_cost_nothing(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    command = (base, data, *TRAINING, *DROPOUT, "--plain")
+    assert run(*command, "--out", tmp_path / "straight").exit_code == 0
+    score = jobs.score
+    calls: list[Any] = []
+
+    def lost(*arguments: Any) -> Any:
+        calls.append(score(*arguments))  # moves the generators
+        if len(calls) == moment:
+            raise WorkerLostError("worker gpu-a:7070 is gone")
+        return calls[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "score", lost)
+        result = run(*command, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "worker gpu-a:7070 is gone" in result.output
+    assert f"Step {moment - 1} is saved" in result.output
     assert run(*command, "--out", tmp_path / "out", "--resume").exit_code == 0
     assert losses(tmp_path / "out") == losses(tmp_path / "straight")
 

@@ -17,7 +17,7 @@ from tempo.recipes.finetune.records import digest
 from tempo.recipes.finetune.sampling import sample
 from tempo.recipes.finetune.tuning import Tuning, differences
 from tempo.recipes.inference import FOLDER, protected
-from tempo.recipes.metrics import Evaluation, Metrics
+from tempo.recipes.metrics import Evaluation, Metrics, Step
 from tempo.recipes.progress import Display
 from tempo.recipes.running import Interrupts, Outcome, continued, make_way, placed, save_after
 
@@ -69,8 +69,7 @@ def _loop(job: Job, store: CheckpointStore, metrics: Metrics, display: Display, 
                 _store(job, folder)
                 display.note(_told(job))
                 return Outcome(folder, job.best_step or job.step, 0, job.best_loss)
-            job.generators = checkpoints.generators()
-            record = one_step(job, began)
+            record = _step(job, began)
             job.elapsed = record.time
             metrics.write(record)
             if job.session is not None and not shown:
@@ -81,10 +80,19 @@ def _loop(job: Job, store: CheckpointStore, metrics: Metrics, display: Display, 
                 job.save(store)
         job.save(store)
     except TempoError as error:
-        checkpoints.restore_generators(job.generators)
         save_after(error, lambda: job.save(store), store)
         raise
     return Outcome(folder, job.step, interrupts.signal)
+
+
+def _step(job: Job, began: float) -> Step:
+    """One step; one that fails half-way leaves the generators as they were, so that it can be taken again."""
+    state = checkpoints.generators()
+    try:
+        return one_step(job, began)
+    except TempoError:
+        checkpoints.restore_generators(state)
+        raise
 
 
 def _evaluate(job: Job, began: float, metrics: Metrics, display: Display, interrupts: Interrupts) -> None:
