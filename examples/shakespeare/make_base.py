@@ -33,7 +33,7 @@ def main() -> None:
     folder = Path(os.environ.get("TEMPO_DATA", "."))
     parser.add_argument("--text", type=Path, default=folder / "text" / "tinyshakespeare.txt")
     parser.add_argument("--out", type=Path, default=Path("runs/shakespeare"))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=3)
     arguments = parser.parse_args()

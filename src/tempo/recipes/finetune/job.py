@@ -63,7 +63,8 @@ class Job:
         self.scheduler = scheduler(tuning.schedule, self.optimizer, self.steps)
         self.order = data.Order(len(self.examples.train), self.batch_size, self.seed)
         self.session: Session | None = None
-        self.step = self.saved = self.evaluated = 0
+        self.step = 0
+        self.saved = self.evaluated = -1
         self.elapsed = 0.0
         self.best: dict[str, Tensor] = {}
         """The adapter at its lowest loss so far on what was kept apart."""
@@ -81,9 +82,9 @@ class Job:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether the adapter should be measured before the next step."""
+        """Whether the adapter should be measured before the next step; before the first, it is the base that is."""
         every = self.tuning.run.evaluate_every or self.epoch
-        at = self.step > 0 and (self.step % every == 0 or self.step == self.steps)
+        at = self.step % every == 0 or self.step == self.steps
         return at and self.evaluated != self.step and bool(self.examples.validation)
 
     @property

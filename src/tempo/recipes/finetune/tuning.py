@@ -75,7 +75,7 @@ class Run(Table, frozen=True):
     """Steps between checkpoints; 0: only at the end and when interrupted."""
 
     evaluate_every: Limit = 0
-    """Steps between evaluations on what was kept apart; 0: one for each epoch."""
+    """Steps between evaluations on what was kept apart, the first before the first step; 0: one for each epoch."""
 
     stop_after: Limit = 3
     """Stop when so many evaluations in a row brought no lower loss; 0: never."""
