@@ -17,7 +17,7 @@ from tempo.engine.site import Site
 
 
 class Protected:
-    """Mixin of every protected layer class. ``_tempo`` holds its site."""
+    """Mixin of every class of layers that Tempo computes. ``_tempo`` holds the site of those that may go out."""
 
     _tempo: Site
     _tempo_original: type[nn.Module]
@@ -40,11 +40,18 @@ class Protected:
 _CLASSES: dict[tuple[type[nn.Module], type[Protected]], type[nn.Module]] = {}
 
 
-def protected_class(original: type[nn.Module], protected: type[Protected]) -> type[nn.Module]:
-    """The class of a protected module: ``original`` first, so that its own overrides wrap the protected product."""
+def protected_class(
+    original: type[nn.Module], protected: type[Protected], *, outermost: bool = False
+) -> type[nn.Module]:
+    """The class of a protected module: ``original`` first, so that its own overrides wrap the protected product.
+
+    With ``outermost``, ``protected`` comes first, and calls what it wraps itself.
+    """
     key = (original, protected)
     if key not in _CLASSES:
-        bases = (protected,) if original in protected.__mro__ else (original, protected)
+        bases: tuple[type, ...] = (protected,) if original in protected.__mro__ else (original, protected)
+        if outermost:
+            bases = (protected, original)
         _CLASSES[key] = type(
             original.__name__,
             bases,

@@ -21,6 +21,7 @@ from tempo.layers.base import Protected, overrides, protected_class
 from tempo.layers.exposed import CONVOLUTIONS, exposed_layers
 from tempo.layers.memory_format import restore_outputs, unaware
 from tempo.schemes.base import Scheme
+from tempo.trusted.lora import fuse_adapters
 from tempo.trusted.mode import Root, root_class
 from tempo.wire.messages import Conv, Linear
 
@@ -106,6 +107,7 @@ def protect(
         if entry.computes:
             found.append(ProtectedLayer(site.name, module, site))
     if any(isinstance(module, Protected) for module in model.modules()):
+        fuse_adapters(model)
         model.__class__ = root_class(type(model))
     others = [(name, module) for name, module in model.named_modules() if layer_type(module) is None]
     return found + [ProtectedLayer(name, module, None) for name, module in others if _multiplies(module)]
@@ -130,7 +132,7 @@ def unprotect(model: nn.Module) -> None:
         if isinstance(module, Root):
             module.__class__ = module._tempo_root  # type: ignore[assignment]
         if isinstance(module, Protected):
-            del module.__dict__["_tempo"]
+            module.__dict__.pop("_tempo", None)
             module.__class__ = module._tempo_original  # type: ignore[assignment]
 
 
