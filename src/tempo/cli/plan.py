@@ -124,8 +124,7 @@ def _prices(texts: list[str]) -> dict[str, float]:
 
 def _table(name: str, shape: Shape, found: list[Estimate]) -> Table:
     first = found[0]
-    title = f"LoRA of {name} under scheme split, {first.operators} operators; ranges: in turn – overlapped"
-    table = Table(title=title)
+    table = Table(title=f"LoRA of {name} under scheme split; ranges: in turn – overlapped")
     table.add_column("GPUs", no_wrap=True)
     table.add_column("Gbit/s", justify="right", no_wrap=True)
     table.add_column("tokens/s", justify="right", no_wrap=True)
@@ -151,8 +150,8 @@ def _table(name: str, shape: Shape, found: list[Estimate]) -> Table:
 
 
 def _figure(value: float) -> str:
-    """With three or four digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    """To three digits, or to whole ones."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def _assumptions(found: Plan) -> Table:
