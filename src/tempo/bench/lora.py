@@ -40,8 +40,7 @@ def _workload(name: str, block: nn.Module, attention: Attention, inputs: Mapping
         return y.square().mean()
 
     description = f"LoRA of rank {RANK} on a block of {name}, {attention.batch} sequences of {attention.length}"
-    trusted = ("*.lora_A", "*.lora_B")
-    return Workload(description, block, loss, attention.batch, trusted, attention)
+    return Workload(description, block, loss, attention.batch, attention=attention)
 
 
 def _llama(name: str, width: int, heads: int, kv_heads: int, mlp: int, batch: int) -> Workload:

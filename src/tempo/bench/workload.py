@@ -57,6 +57,6 @@ class Workload:
     loss: Callable[[nn.Module], Tensor]
     batch: int
     trusted: tuple[str, ...] = ()
-    """Layers that stay trusted by default: those that see raw inputs, and adapters."""
+    """Layers that stay trusted by default: those that see raw inputs."""
     attention: Attention | None = None
     """Of a language model."""
