@@ -7,6 +7,7 @@ import re
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tempo.bench import measure as bench
@@ -53,7 +54,14 @@ def test_bench_averages_over_the_steps_that_weights_on_workers_keep_their_masks(
     assert here.bytes_down - away.bytes_down == block // 2 + classifier
 
 
-def test_bench_of_adapters_sends_a_frozen_base_and_keeps_adapters():
+def test_bench_of_adapters_sends_a_frozen_base_and_keeps_adapters(monkeypatch):
+    compared, agree = [], bench._LenientPolicy.agree
+
+    def agree_and_tell(policy, found, expected):
+        compared.append(torch.equal(found, expected))
+        return agree(policy, found, expected)
+
+    monkeypatch.setattr(bench._LenientPolicy, "agree", agree_and_tell)
     settings = Settings(scheme="split", base="public", placement="all")
     result = bench.measure("minilm", settings, 1, lambda line: None, batch=1)
     assert result.loss_difference < 1e-4
@@ -67,6 +75,10 @@ def test_bench_of_adapters_sends_a_frozen_base_and_keeps_adapters():
     assert result.bytes_down == 2 * 4 * 256 * features
     assert 0 < result.attention_seconds < result.trusted_step
     assert result.attention_flops == 14 * 256**2 * 384
+    # What null workers answer is summed and compared like any answer, and wrong: of three steps, 4 outputs at least and
+    # as many gradients.
+    assert len(compared) >= 3 * 8
+    assert not any(compared)
 
 
 def test_bench_shows_adapters_beside_other_schemes_and_gives_plans_their_rates(tmp_path):
