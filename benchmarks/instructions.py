@@ -46,6 +46,11 @@ def kernels() -> dict[str, tuple[Call, int]]:
     size = x.size
     v, q = floats(4, COLUMNS), floats(4, ROWS)
     of_rows, of_columns = (floats(4, ROWS), np.zeros(ROWS)), (floats(4, COLUMNS), np.zeros(COLUMNS))
+    integers, residues, sums = (
+        np.zeros(x.shape, np.int32),
+        np.ones((2, COLUMNS), np.int32),
+        np.zeros((ROWS, 2), np.int64),
+    )
     heads = [floats(2, 4, 65, 64) for _ in range(8)]
     lse = floats(2, 4, 65)
     triangles, squares = np.random.default_rng(0).standard_normal((16, 32 * 33 // 2)), np.zeros((16, 32, 32))
@@ -61,6 +66,13 @@ def kernels() -> dict[str, tuple[Call, int]]:
         "sums of rows, copying": ((native.sums, (x, y, v, *of_rows)), size),
         "sums of rows and columns": ((native.sums, (x, None, v, *of_rows, q, *of_columns)), size),
         "sums of rows and columns, bfloat16": ((native.sums, (half, None, v, *of_rows, q, *of_columns)), size),
+        "expand a seed": ((native.expand, (SEED, 0, integers.reshape(-1), (1 << 31) - 3)), size),
+        "share": (share(x, 1), size),
+        "share, bfloat16": (share(half, 1), size),
+        "share among three, checked": (share(x, 2, residues, sums), size),
+        "combine": (combine(y, 2), size),
+        "combine three, checked": (combine(y, 3, residues, sums), size),
+        "sums of integers": ((native.sum_rows, (integers, residues, sums)), size),
         "GELU": ((native.activation, ("gelu", x, None, y)), size),
         "GELU, gradient": ((native.activation, ("gelu", x, x, y)), size),
         "SiLU, gradient": ((native.activation, ("silu", x, x, y)), size),
@@ -96,6 +108,25 @@ def sandwich(x: Any, y: Any, rows: Any, columns: Any, watch: Any = None) -> Call
     from tempo import _kernels as native
 
     return native.sandwich, (x[None], rows, columns, [y[None]], 0, [None], watch)
+
+
+SEED = bytes(32)
+
+
+def share(x: Any, seeds: int, vectors: Any = None, sums: Any = None) -> Call:
+    """What scheme `split` sends of ``x``, among one worker more than ``seeds``."""
+    from tempo import _kernels as native
+
+    out, steps = np.zeros((ROWS, COLUMNS), np.int32), floats(ROWS, 1)
+    return native.share, (x, None, 1e-4, 2.0**-126, [SEED] * seeds, 0, out, steps, vectors, sums)
+
+
+def combine(y: Any, parts: int, vectors: Any = None, sums: Any = None) -> Call:
+    """And what it makes of the answers."""
+    from tempo import _kernels as native
+
+    answers = [np.zeros((ROWS, COLUMNS), np.int32)] * parts
+    return native.combine, (answers, floats(ROWS, 1), y[0].copy(), [y[0].copy()], [y], vectors, sums)
 
 
 class Half:

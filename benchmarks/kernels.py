@@ -24,11 +24,14 @@ from tempo import kernels
 from tempo.bench.measure import machine
 from tempo.engine.memory import keep_heap
 from tempo.keys import KeySchedule, Keystream
+from tempo.schemes.fixed_point import combine_rows, share_rows
 from tempo.schemes.masks import Form, Mask, draw, draw_blocks
 from tempo.schemes.reply import Watch
 from tempo.schemes.sandwich import sandwich
 from tempo.trusted.mode import TrustedMode
+from tempo.verify.field import VECTORS
 from tempo.verify.sums import of_both, of_rows
+from tempo.wire.residues import SEED_BYTES, expand
 
 ROWS, WIDTH = 4160, 3072  # what is between the two large layers of ViT-B/4, 64 images
 
@@ -119,6 +122,28 @@ def sums(*, columns: bool) -> Case:
     return both(x.numel(), lambda: of_both(x, v, q) if columns else of_rows(x, v))
 
 
+def share(dtype: torch.dtype = torch.float32, *, shares: int = 1, checked: bool = False) -> Case:
+    """Rows as they go out under scheme `split`; ``checked``: with two sums of every row."""
+    x, out = torch.randn(ROWS, WIDTH, dtype=dtype), torch.empty(ROWS, WIDTH, dtype=torch.int32)
+    seeds = [bytes([i]) * SEED_BYTES for i in range(shares)]
+    v = expand(seeds[0], torch.empty(VECTORS, WIDTH, dtype=torch.int32)) if checked else None
+    return both(x.numel(), lambda: share_rows(x, None, 1e5, seeds, out, v))
+
+
+def combine(shares: int = 2, *, checked: bool = False) -> Case:
+    """And what comes back, of so many shares."""
+    parts = [expand(bytes([i]) * SEED_BYTES, torch.empty(ROWS, WIDTH, dtype=torch.int32)) for i in range(shares)]
+    steps, scales, bias, out = torch.rand(ROWS, 1), torch.rand(WIDTH), torch.rand(WIDTH), torch.empty(ROWS, WIDTH)
+    v = parts[0][:VECTORS].clone() if checked else None
+    return both(out.numel(), lambda: combine_rows(parts, steps, scales, [bias], [out], v))
+
+
+def expansion() -> Case:
+    """A share of its seed, as workers make it too."""
+    out = torch.empty(ROWS, WIDTH, dtype=torch.int32)
+    return both(out.numel(), lambda: expand(bytes(SEED_BYTES), out))
+
+
 KERNELS: dict[str, Callable[[], Case]] = {
     "permute and scale": lambda: mask(lambda stream, size: draw(stream, size, 255)),
     "permute and scale, to bfloat16": lambda: mask(lambda stream, size: draw(stream, size, 255), torch.bfloat16),
@@ -130,6 +155,14 @@ KERNELS: dict[str, Callable[[], Case]] = {
     "two rounds of 32": lambda: mask(lambda stream, size: draw_blocks(stream, size, 32, 2, 1.0)),
     "sums of rows": lambda: sums(columns=False),
     "sums of rows and columns": lambda: sums(columns=True),
+    "expand a seed": expansion,
+    "share": share,
+    "share, bfloat16": lambda: share(torch.bfloat16),
+    "share, checked": lambda: share(checked=True),
+    "share among three, checked": lambda: share(shares=2, checked=True),
+    "combine": combine,
+    "combine, checked": lambda: combine(checked=True),
+    "combine three, checked": lambda: combine(3, checked=True),
     "GELU": lambda: forward(F.gelu, hidden()),
     "GELU, gradient": lambda: backward(F.gelu, hidden()),
     "tanh-GELU": lambda: forward(tanh_gelu, hidden()),
