@@ -9,6 +9,7 @@ template <typename T>
 using Line = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <typename T>
 using Lines = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Numbers = std::optional<Line<const float>>;
 using Vectors = std::optional<Lines<const int32_t>>;
 using Sums = std::optional<Lines<int64_t>>;
 
@@ -28,7 +29,10 @@ class Memory {
 using Refused = std::vector<std::tuple<int, int64_t>>;
 
 tempo::Refusals refusals(Refused &to) {
-    return {[](void *list, int seed, int64_t element) { static_cast<Refused *>(list)->emplace_back(seed, element); }, &to};
+    const auto report = [](void *list, int seed, int64_t element) {
+        static_cast<Refused *>(list)->emplace_back(seed, element);
+    };
+    return {report, &to};
 }
 
 const uint8_t *bytes_of(const nb::bytes &seed) {
@@ -75,7 +79,7 @@ void sum_rows(const Ints &x, const Lines<const int32_t> &vectors, const Lines<in
 }
 
 // The seed's number and the element, for every word that was refused.
-Refused share(const Matrix &x, const std::optional<Line<const float>> &scales, double ratio, float least_step,
+Refused share(const Matrix &x, const Numbers &scales, double ratio, float least_step,
               const std::vector<nb::bytes> &seeds, int64_t first, const Lines<int32_t> &out, const Lines<float> &steps,
               const Vectors &vectors, const Sums &sums) {
     require(shares(), "these kernels cannot expand seeds");
@@ -110,9 +114,9 @@ Refused share(const Matrix &x, const std::optional<Line<const float>> &scales, d
     return refused;
 }
 
-void combine(const std::vector<Ints> &parts, const Lines<const float> &steps,
-             const std::optional<Line<const float>> &scales, const std::vector<std::optional<Line<const float>>> &biases,
-             const std::vector<Matrix> &outs, const Vectors &vectors, const Sums &sums) {
+void combine(const std::vector<Ints> &parts, const Lines<const float> &steps, const Numbers &scales,
+             const std::vector<Numbers> &biases, const std::vector<Matrix> &outs, const Vectors &vectors,
+             const Sums &sums) {
     const int64_t rows = int64_t(steps.shape(0));
     require(steps.shape(1) == 1, "steps have to be one per row");
     require(biases.size() == outs.size(), "biases have to be as many as outputs");
@@ -125,7 +129,8 @@ void combine(const std::vector<Ints> &parts, const Lines<const float> &steps,
         require(out.shape(1) <= 1 || out.stride(1) == 1, "rows have to be contiguous");
         require(int64_t(out.shape(0)) == rows, "outputs have to have as many rows as there are steps");
         require(!biases[i] || biases[i]->shape(0) == out.shape(1), "a bias has to be as long as its columns");
-        outputs.push_back({out.data(), half, int64_t(out.shape(1)), out.stride(0), biases[i] ? biases[i]->data() : nullptr});
+        const float *bias = biases[i] ? biases[i]->data() : nullptr;
+        outputs.push_back({out.data(), half, int64_t(out.shape(1)), out.stride(0), bias});
         columns += int64_t(out.shape(1));
     }
     require(!parts.empty() && parts.size() <= size_t(tempo::kMostParts), "there are no parts, or too many");
@@ -137,8 +142,11 @@ void combine(const std::vector<Ints> &parts, const Lines<const float> &steps,
         pointers.push_back({part.data(), part.stride(0)});
     }
     require(!scales || int64_t(scales->shape(0)) == columns, "scales have to be as many as columns");
-    tempo::Combination c{rows,           pointers.data(),      int(pointers.size()), steps.data(), scales ? scales->data() : nullptr,
-                         outputs.data(), int(outputs.size()), field_sums(vectors, sums, rows, columns), nullptr};
+    tempo::Combination c{};
+    c.rows = rows, c.parts = pointers.data(), c.part_count = int(pointers.size());
+    c.steps = steps.data(), c.scales = scales ? scales->data() : nullptr;
+    c.outs = outputs.data(), c.out_count = int(outputs.size());
+    c.sums = field_sums(vectors, sums, rows, columns);
     nb::gil_scoped_release release;
     const Memory<int32_t> integers(tempo::word_count(0));
     const Memory<uint32_t> packed(c.sums.vectors * tempo::packed_width(columns));

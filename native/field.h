@@ -12,7 +12,8 @@ typedef uint64_t Wide __attribute__((vector_size(kLanes * 4)));
 constexpr uint64_t kPrime = (uint64_t(1) << 32) - 5;
 constexpr int32_t kHalf = int32_t((kPrime - 1) / 2);
 
-// What a sum or difference mod 2^32 is mod p: `overflow` is negative where it left the range of int32, by 2^32, which is 5.
+// `v` is a sum or difference mod 2^32. Where `overflow` is negative it left the range of int32, and came back by 2^32 at
+// its other end: mod p that is by 5.
 inline Integers corrected(Integers v, Integers overflow) {
     const Integers negative = v >> 31;
     return v + ((overflow >> 31) & ((negative ^ -5) - negative));
@@ -60,7 +61,8 @@ constexpr uint32_t kOffset = uint32_t(1) << 31;
 // Adds `K` totals of `count` integers, which stand at the start of whole vectors, the rest of the last one -kOffset.
 // The vectors are `width` apart; a number that stands in the upper half of a lane is loaded from one further.
 template <int K>
-inline void add_products(const int32_t *integers, int64_t count, const uint32_t *vectors, int64_t width, Total *totals) {
+inline void add_products(const int32_t *integers, int64_t count, const uint32_t *vectors, int64_t width,
+                         Total *totals) {
     Total total[K];
     for (int k = 0; k < K; ++k) total[k] = totals[k];
     for (int64_t i = 0; i < count; i += kLanes) {

@@ -114,7 +114,8 @@ inline void refuse(const Refusals &refusals, int seed, int64_t first, int32_t ha
 inline void expand(const Expansion &e) {
     const Schedule keys = schedule(e.seed);
     const int64_t whole = e.count / kBatchWords * kBatchWords;
-    if (keystream(keys, e.block, e.half, e.out, whole)) refuse(e.refusals, 0, e.block * kBlockWords, e.half, e.out, whole);
+    if (keystream(keys, e.block, e.half, e.out, whole))
+        refuse(e.refusals, 0, e.block * kBlockWords, e.half, e.out, whole);
     if (whole == e.count) return;
     int32_t last[kBatchWords];
     const int64_t block = e.block + whole / kBlockWords, left = e.count - whole;

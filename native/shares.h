@@ -1,5 +1,5 @@
-// Shares of rows, and rows of the products of shares: see src/tempo/schemes/fixed_point.py. Everything that is made of an
-// element is made while it is in a register or in the first-level cache: what is summed is what is sent, or used.
+// Shares of rows, and rows of the products of shares: see src/tempo/schemes/fixed_point.py. Rows are rounded once, and
+// answers read once, into the first-level cache. All else is made of that: what is summed is what is sent, or used.
 #pragma once
 
 #include "field.h"
@@ -77,8 +77,8 @@ inline Ahead expand_ahead(const Shares &s, const Schedule *keys, int64_t element
 // Rounds `count` elements of a row in `step`s, keeps them as `integers`, and writes what shares leave of them.
 // Of `kSeeds` seeds, or where it is zero, any number.
 template <int kSeeds, typename T>
-inline void share_some(const Shares &s, const T *x, const float *scales, float step, const int32_t *words, bool past_caches,
-                       int32_t *integers, int32_t *out, int64_t count) {
+inline void share_some(const Shares &s, const T *x, const float *scales, float step, const int32_t *words,
+                       bool past_caches, int32_t *integers, int32_t *out, int64_t count) {
     const int seeds = kSeeds ? kSeeds : s.seeds;
     for (int64_t i = 0; i < count; i += kLanes) {
         __builtin_prefetch(x + s.stride + i);  // of the next row, which is read for its norm first
@@ -115,7 +115,7 @@ void share_rows(const Shares &s) {
             if (count > s.columns - column) count = s.columns - column;
             const auto some = s.seeds == 1 ? share_some<1, T> : s.seeds == 2 ? share_some<2, T> : share_some<0, T>;
             some(s, x + column, s.scales ? s.scales + column : nullptr, step, s.words + (element - ahead.first),
-                       past_caches, integers, s.out + (element - s.first), count);
+                 past_caches, integers, s.out + (element - s.first), count);
             if (sums.wanted()) sums.add(integers, column, count);
             column += count, element += count;
         }
@@ -128,7 +128,8 @@ inline void share(const Shares &s) { s.half ? share_rows<uint16_t>(s) : share_ro
 
 #endif
 
-// What is computed with `v` next is not fused with what made it: PyTorch rounds in between.
+// What is computed with `v` next is not fused with what made it: PyTorch rounds in between. (Generic code for x86 fuses
+// nothing; elsewhere a bias may be added with one rounding less.)
 inline Vector apart(Vector v) {
 #if defined(__AVX512F__)
     asm("" : "+v"(v));
@@ -138,11 +139,12 @@ inline Vector apart(Vector v) {
     return v;
 }
 
-// `count` columns of a row that begin at `parts`; `integers` keeps what was read. Of `kParts` parts, or any number if zero.
+// `count` columns of a row that begin at `parts`; `integers` keeps what was read.
+// Of `kParts` parts, or where it is zero, any number.
 template <int kParts, typename T>
-inline void combine_some(const int32_t *const *parts, int some_parts, float step, const float *scales, const float *bias,
-                         bool past_caches, int32_t *integers, T *out, int64_t count) {
-    const int number = kParts ? kParts : some_parts;
+inline void combine_some(const int32_t *const *parts, int part_count, float step, const float *scales,
+                         const float *bias, bool past_caches, int32_t *integers, T *out, int64_t count) {
+    const int number = kParts ? kParts : part_count;
     const auto combined = [&](int64_t i) {
         Integers total = load_some(parts[0] + i, count - i);
         for (int p = 1; p < number; ++p) total = add_mod(total, load_some(parts[p] + i, count - i));
@@ -162,12 +164,13 @@ inline void combine_some(const int32_t *const *parts, int some_parts, float step
 template <typename T>
 inline void combine_row(const Combination &c, const Output &to, int64_t row, int64_t start, RowSums &sums) {
     const bool past_caches = !to.half && worth_streaming(to.data, c.rows, to.columns, to.stride);
-    const auto some = c.part_count == 2 ? combine_some<2, T> : c.part_count == 3 ? combine_some<3, T> : combine_some<0, T>;
+    const int number = c.part_count;
+    const auto some = number == 2 ? combine_some<2, T> : number == 3 ? combine_some<3, T> : combine_some<0, T>;
     for (int64_t place = 0; place < to.columns; place += kAhead) {
         const int64_t column = start + place, count = to.columns - place < kAhead ? to.columns - place : kAhead;
         const int32_t *parts[kMostParts];
-        for (int p = 0; p < c.part_count; ++p) parts[p] = c.parts[p].data + row * c.parts[p].stride + column;
-        some(parts, c.part_count, c.steps[row], c.scales ? c.scales + column : nullptr,
+        for (int p = 0; p < number; ++p) parts[p] = c.parts[p].data + row * c.parts[p].stride + column;
+        some(parts, number, c.steps[row], c.scales ? c.scales + column : nullptr,
              to.bias ? to.bias + place : nullptr, past_caches, c.integers,
              static_cast<T *>(to.data) + row * to.stride + place, count);
         if (sums.wanted()) sums.add(c.integers, column, count);

@@ -11,7 +11,7 @@ constexpr int kMostParts = kMostSeeds + 1;
 constexpr int kMostFieldVectors = 8;
 constexpr int64_t kAhead = 2048;  // words of a share that are expanded at a time: they stay in the first-level cache
 
-// Who is told of words that are no residues, in ascending order for each seed: another one has to take the place of each.
+// Who is told of words that are no residues, for each seed in ascending order: others have to take their places.
 struct Refusals {
     void (*report)(void *to, int seed, int64_t element);
     void *to;
@@ -81,13 +81,13 @@ struct Output {
 struct Combination {
     int64_t rows;
     const Part *parts;
-    int part_count;  // 1 to kMostParts
+    int part_count;       // 1 to kMostParts
     const float *steps;   // (rows)
     const float *scales;  // (columns), or null
     const Output *outs;
     int out_count;
-    FieldSums sums;     // of the sum of parts
-    int32_t *integers;  // memory for `word_count(0)` numbers, in whole cache lines
+    FieldSums sums;       // of the sum of parts
+    int32_t *integers;    // memory for `word_count(0)` numbers, in whole cache lines
 };
 
 inline int64_t word_count(int seeds) { return (seeds + 1) * kAhead + 16; }

@@ -4,6 +4,9 @@ A row is rounded in steps of its own, chosen so that no sum with a column of the
 for ``|x_q| · ω ≤ HALF``, with ω the largest norm of such a column, Cauchy–Schwarz bounds every sum by HALF. With
 ``x_q = x / step + e``, ``|e_i| ≤ 1/2``, it is enough that ``step ≥ |x| ω / (HALF − ω√d / 2)``. Steps stay here: nothing
 that is sent depends on them. A row that is not finite has a step that is not, and so a product that is not.
+
+Natively where kernels can (`native/shares.h`; to make shares they need a processor with instructions for AES), and else
+in PyTorch, with the same bits.
 """
 
 from __future__ import annotations
