@@ -6,6 +6,9 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +85,21 @@ def mean_loss(model: Any, rows: list[str], tokenizer: Any) -> float:
     return total / count
 
 
-def test_through_workers_of_two_operators_it_equals_plain_and_plain_peft_loads_it(
-    base: Path, data: Path, tmp_path: Path, workers: list[str]
+@pytest.fixture
+def liar(tmp_path: Path) -> Iterator[str]:
+    """The address of a worker whose answers are wrong."""
+    address = f"unix:{tmp_path}/liar.sock"
+    command = [sys.executable, "-m", "tempo.worker", "--listen", address, "--threads", "1", "--insecure-lie", "element"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert any("listening" in line for line in process.stderr), "it did not start"
+        yield address
+        process.terminate()
+
+
+def test_through_workers_one_of_which_lies_it_equals_plain_and_plain_peft_loads_it(
+    base: Path, data: Path, tmp_path: Path, workers: list[str], liar: str
 ) -> None:
-    chosen = ("--workers", f"{workers[0]}@a,{workers[1]}@b", "--set", "session.placement=all")
+    chosen = ("--workers", f"{workers[0]}@a,{liar}@liar,{workers[1]}@b", "--set", "session.placement=all")
     result = run(base, data, *TRAINING, "--validation", "0.3", *chosen, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     plain = run(base, data, *TRAINING, "--validation", "0.3", "--plain", "--out", tmp_path / "plain")
@@ -96,7 +110,13 @@ def test_through_workers_of_two_operators_it_equals_plain_and_plain_peft_loads_i
     measured = evaluations(tmp_path / "out")
     assert [record.step for record in measured] == [0, 4, 8, 12]
     assert measured[-1].loss < measured[0].loss
-    for text in ("scheme split", "any 2 of the operators a, b", "validation at step 8: loss", "sample: ", "stored the"):
+    for text in (
+        "scheme split",
+        "any 2 of the operators a, b would",
+        "validation at step 8: loss",
+        "sample: ",
+        "stored the",
+    ):
         assert text in " ".join((result.output + (tmp_path / "out/summary.txt").read_text()).split()), text
     records = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert all(record["bytes_sent"] > 0 for record in records if record["kind"] == "step")
