@@ -82,7 +82,12 @@ class _Offload(torch.autograd.Function):
         )
         used = [g for g in gradients if g is not None]
         with ctx.product.engine.stats.timed("mask", "g", ctx.product.name):
-            totals = [None if g is None else g.sum([0, *range(2, g.dim())]) for g in gradients]
+            # Exact schemes notice by themselves what is not finite, so that frozen biases need no sums.
+            needless = ctx.product.scheme.traits.exact
+            totals = [
+                None if g is None or (needless and not need) else g.sum([0, *range(2, g.dim())])
+                for g, need in zip(gradients, needs_b, strict=True)
+            ]
             for g, total in zip(gradients, totals, strict=True):
                 if g is not None and total is not None:
                     ctx.product.engine.warn_if_not_finite(ctx.product.name, g, total)

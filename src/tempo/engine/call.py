@@ -270,6 +270,8 @@ class Call:
                 self.weight,
                 want_dw=want_dw,
             )
+        if not encoded.finite:
+            engine.warn_if_not_finite(self.product.name, g, g.sum(1))
         if residence is not None:
             if encoded.corrects_weight_gradient:
                 for operand in encoded.operands:

@@ -212,7 +212,7 @@ class Engine:
     def warn_if_not_finite(self, name: str, g: Tensor, totals: Tensor) -> None:
         """Warn about a gradient with NaN or infinity. It is passed on, since loss scalers rely on seeing it.
 
-        ``totals`` are its sums: only if these are suspicious, it is looked into.
+        ``totals`` are its sums, or its rows' lengths: only if these are suspicious, it is looked into.
         """
         if not bool(torch.isfinite(totals).all()) and not bool(torch.isfinite(g).all()):
             self.warn_once(

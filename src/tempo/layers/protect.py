@@ -21,8 +21,8 @@ from tempo.layers.base import Protected, overrides, protected_class
 from tempo.layers.exposed import CONVOLUTIONS, exposed_layers
 from tempo.layers.memory_format import restore_outputs, unaware
 from tempo.schemes.base import Scheme
-from tempo.trusted.lora import fuse_adapters
 from tempo.trusted.mode import Root, root_class
+from tempo.trusted.modules import replace_modules
 from tempo.wire.messages import Conv, Linear
 
 log = logging.getLogger("tempo")
@@ -107,7 +107,7 @@ def protect(
         if entry.computes:
             found.append(ProtectedLayer(site.name, module, site))
     if any(isinstance(module, Protected) for module in model.modules()):
-        fuse_adapters(model)
+        replace_modules(model)
         model.__class__ = root_class(type(model))
     others = [(name, module) for name, module in model.named_modules() if layer_type(module) is None]
     return found + [ProtectedLayer(name, module, None) for name, module in others if _multiplies(module)]

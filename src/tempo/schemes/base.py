@@ -115,6 +115,8 @@ class EncodedGradient(ABC):
     """The output gradient under masks, and what undoes the masks of ``dX`` and ``dW``."""
 
     operands: list[Operand]
+    finite: bool = True
+    """Whether the gradient is, as far as the encoding noticed."""
 
     @property
     def corrects_weight_gradient(self) -> bool:

@@ -252,6 +252,7 @@ class SharedGradient(EncodedGradient):
     def __init__(self, shares: Shares, weight: PublicWeight) -> None:
         self._shares, self._features = shares, weight.forward.into.shape[1]
         self.operands = shares.operands
+        self.finite = bool(torch.isfinite(shares.steps).all())
 
     def decode_input_gradient(self, replies: dict[int, Reply]) -> Tensor:
         """``dX``, checked."""

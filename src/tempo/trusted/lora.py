@@ -6,13 +6,12 @@ is asked (several adapters, variants such as DoRA, dropout, other dtypes, hooks)
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tempo.layers.base import Protected, protected_class
+from tempo.layers.base import Protected
 
 
 class FusedLora(Protected):
@@ -29,14 +28,6 @@ class FusedLora(Protected):
         base, low = layer.base_layer(x), layer.lora_A[adapter](x)
         b = layer.lora_B[adapter].weight * layer.scaling[adapter]
         return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), b.t()).view(base.shape)
-
-
-def fuse_adapters(model: nn.Module) -> None:
-    """Have LoRA layers of ``model`` computed by `FusedLora`."""
-    peft: Any = sys.modules.get("peft.tuners.lora.layer")  # where nobody imported it, no model has such layers
-    for module in model.modules() if peft is not None else ():
-        if type(module).forward is peft.Linear.forward and "forward" not in vars(module):
-            module.__class__ = protected_class(type(module), FusedLora, outermost=True)
 
 
 def _alone(layer: Any, x: Tensor) -> str | None:

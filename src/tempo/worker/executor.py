@@ -222,7 +222,9 @@ class Executor:
         else:
             full = "allocate memory" in str(error)
             code, why = "out-of-memory" if full else "failed", str(error).partition("\n")[0][:500]
-        log.warning("request %d refused (%s): %s", message.id, code, why)
+        # Asking for a weight that may be known is how every session begins.
+        level = logging.DEBUG if code == "unknown-digest" else logging.WARNING
+        log.log(level, "request %d refused (%s): %s", message.id, code, why)
         self._channel.send(Failure(message.id, code, why))
 
     # --- one plan for each kind of request: everything is checked before anything is computed ---
