@@ -101,10 +101,11 @@ class Limbs(Way):
 
     def __init__(self, b: Tensor, largest: int) -> None:
         self._n = b.shape[1]
-        low = b.to(torch.int8)  # the low byte, signed
-        self._b = [_padded(low)]
+        columns = b.t().contiguous()  # cuBLAS has no int8 product of two matrices that lie by rows
+        low = columns.to(torch.int8)  # the low byte, signed
+        self._b = [_padded(low).t()]
         if b.dtype != torch.int8:
-            self._b.append(_padded((b - low).bitwise_right_shift_(8).to(torch.int8)))
+            self._b.append(_padded((columns - low).bitwise_right_shift_(8).to(torch.int8)).t())
 
     def sums(self, a: Tensor) -> Tensor:
         """By `torch._int_mm`, all limbs of ``a`` at once."""
@@ -170,14 +171,17 @@ class Multiplier:
 
     @cached_property
     def _exact(self) -> bool:
-        """Whether sums of int8 products are exact here: some instructions of CPUs saturate at 16 bits between."""
+        """Whether there are int8 products here, and exact: some instructions of CPUs saturate at 16 bits between."""
         ends = torch.tensor([-128, 127], dtype=torch.int8, device=self._device.torch)
-        a = torch.stack([ends[:1].expand(64), ends[1:].expand(64), ends.repeat(32), ends.flip(0).repeat(32)]).repeat(
-            8, 1
-        )
-        if torch.equal(torch._int_mm(a, a.t()).double(), a.double() @ a.double().t()):
-            return True
-        log.warning("int8 products of this device are not exact; float64 is used")
+        rows = [ends[:1].repeat(64), ends[1:].repeat(64), ends.repeat(32), ends.flip(0).repeat(32)]
+        a = torch.stack(rows).repeat(8, 1)
+        try:
+            if torch.equal(torch._int_mm(a, a.t()).double(), a.double() @ a.double().t()):
+                return True
+            why = "they are not exact"
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+        log.warning("products mod p are computed in float64, not by int8 products: %s", why)
         return False
 
 

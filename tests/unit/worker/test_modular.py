@@ -92,3 +92,23 @@ def test_whatever_is_chosen_gives_the_same_bits(bits: int) -> None:
         compute.input_gradient(Residues(), g, w, dx)
         assert torch.equal(y, product(x, w.t()))
         assert torch.equal(dx, product(g, w))
+
+
+@pytest.mark.parametrize("wrong", [RuntimeError("no int8 products"), None])
+def test_without_exact_int8_products_float64_is_used(
+    wrong: Exception | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU that has none, or a CPU whose instructions saturate."""
+
+    def saturating(a: Tensor, b: Tensor) -> Tensor:
+        if wrong is not None:
+            raise wrong
+        return (a.int() @ b.int()).clamp(-(1 << 15), (1 << 15) - 1)
+
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    compute = TorchCompute(torch.device("cpu"))
+    x, w = draw((9, 64), HALF, torch.int32, 0, ends=True), draw((5, 64), 127, torch.int8, 1, ends=True)
+    y = torch.empty(9, 5, dtype=torch.int32)
+    compute.forward(Residues(), x, w, y)
+    assert torch.equal(y, product(x, w.t()))
+    assert "are computed in float64" in caplog.text
