@@ -14,6 +14,7 @@ from tempo.engine.link import ACKNOWLEDGED, Link
 from tempo.errors import SettingsError, WorkerFailedError, WorkerLacksWeightError, WorkerOutOfMemoryError
 from tempo.wire.integers import digest, integers
 from tempo.wire.messages import Fetch, Store
+from tempo.worker.__main__ import worker
 from tempo.worker.base import Base
 
 from .conftest import InProcess
@@ -127,6 +128,8 @@ def test_a_folder_without_a_checkpoint_or_with_a_broken_one_is_named(tmp_path: P
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
     with pytest.raises(SettingsError, match=r"model\.safetensors cannot be read"):
         Base([tmp_path])
+    with pytest.raises(SystemExit, match=r"error: --base: .*model\.safetensors cannot be read"):
+        worker(base=[tmp_path])
 
 
 def test_a_digest_is_of_dtype_shape_and_numbers() -> None:
