@@ -31,7 +31,7 @@ from tempo.recipes.metrics import Evaluation
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 TRAINING = ("--steps", "12", "--evaluate-every", "4", "--batch-size", "4", "--length", "32", "--lr", "0.01")
-TRAINING += ("--set", "run.sample_tokens=8", "--set", "schedule.warmup=2")
+TRAINING += ("--set", "run.sample_tokens=8")
 DROPOUT = ("--set", "model.dropout=0.2")
 
 

@@ -84,10 +84,16 @@ def prepare(records: Sequence[Record], tokenizer: Any, *, length: int, validatio
     return Examples(parts[1], parts[0], "messages" in records[0].fields, notes)
 
 
-def batch(examples: Sequence[Example], pad_to: int) -> dict[str, Tensor]:
-    """Examples as rows of ``input_ids``, ``attention_mask`` and ``labels``, int64, padded at their ends."""
+def batch(examples: Sequence[Example], pad_to: int, most: int) -> dict[str, Tensor]:
+    """Examples as rows of ``input_ids``, ``attention_mask`` and ``labels``, int64, padded at their ends.
+
+    Args:
+        examples: None of more than ``most`` tokens.
+        pad_to: The rows' length is a multiple of this, if that is not beyond ``most``.
+        most: Tokens that the model can read at once.
+    """
     longest = max(len(example.ids) for example in examples)
-    width = -(-longest // pad_to) * pad_to
+    width = min(most, -(-longest // pad_to) * pad_to)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
     for row, example in enumerate(examples):

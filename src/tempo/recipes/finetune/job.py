@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -18,7 +18,7 @@ from tempo.checkpoint import Checkpoint, CheckpointStore, flatten, unflatten
 from tempo.errors import CheckpointError, NonFiniteError
 from tempo.recipes import data
 from tempo.recipes.finetune import base
-from tempo.recipes.finetune.examples import IGNORED, batch, prepare
+from tempo.recipes.finetune.examples import IGNORED, Example, batch, prepare
 from tempo.recipes.finetune.records import digest, read
 from tempo.recipes.finetune.tuning import Tuning
 from tempo.recipes.job import seed_all
@@ -92,6 +92,10 @@ class Job:
         """Whether the step that was just done should be saved."""
         every = self.tuning.run.checkpoint_every
         return self.step == self.steps or (every > 0 and self.step % every == 0)
+
+    def rows(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """A batch of ``examples``."""
+        return batch(examples, self.tuning.data.pad_to, self.most)
 
     def adapter(self) -> dict[str, Tensor]:
         """What trains, by name."""
@@ -181,7 +185,7 @@ def one_step(job: Job, began: float) -> Step:
     rate = float(job.scheduler.get_last_lr()[0])
     chosen = [job.examples.train[number] for number in job.order.batch().tolist()]
     job.model.train()
-    loss, right, count = score(job.model, batch(chosen, job.tuning.data.pad_to))
+    loss, right, count = score(job.model, job.rows(chosen))
     loss = loss / count
     value = loss.item()
     if not math.isfinite(value):
@@ -205,7 +209,7 @@ def evaluate(job: Job, stop: Callable[[], bool]) -> tuple[float, float]:
     loss, right, count = 0.0, 0, 0
     with torch.no_grad():
         for start in range(0, len(examples), job.batch_size):
-            rows = batch(examples[start : start + job.batch_size], job.tuning.data.pad_to)
+            rows = job.rows(examples[start : start + job.batch_size])
             more, correct, tokens = score(job.model, rows)
             loss, right, count = loss + more.item(), right + correct, count + tokens
             if stop():

@@ -16,8 +16,8 @@ _TOP_P: Final = 0.9
 def sample(job: Job) -> str:
     """A prompt and how the model goes on from it, drawn alike every time; torch's generator stays as it was."""
     tokenizer: Any = job.tokenizer
-    count = min(job.tuning.run.sample_tokens, job.most - 1)
-    prompt = _prompt(job)[:, -(job.most - count) :]
+    prompt = _prompt(job)[:, -(job.most // 2) :]
+    count = min(job.tuning.run.sample_tokens, job.most - prompt.shape[1])
     with torch.random.fork_rng(devices=()), torch.no_grad():
         torch.manual_seed(job.tuning.run.seed)
         model: Any = job.model.eval()

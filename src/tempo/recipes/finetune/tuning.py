@@ -16,7 +16,7 @@ from tempo.recipes.table import Table
 
 DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "optimizer": {"lr": 2e-4, "weight_decay": 0.0},
-    "schedule": {"name": "cosine", "warmup": 10},
+    "schedule": {"name": "cosine"},
     "session": {"scheme": "split", "base": "public"},
 }
 """Where fine-tuning differs from what the tables' own defaults say."""

@@ -110,7 +110,9 @@ def test_lines_kept_apart_depend_on_the_seed_alone_and_are_not_trained_on() -> N
 
 
 def test_rows_are_padded_to_a_multiple_where_nothing_is_learned() -> None:
-    rows = batch(prepared(letters(), {"prompt": "a", "completion": "b"}, {"prompt": "cc", "completion": "dd"}), 4)
+    examples = prepared(letters(), {"prompt": "a", "completion": "b"}, {"prompt": "cc", "completion": "dd"})
+    assert batch(examples, 4, most=6)["input_ids"].shape == (2, 6)
+    rows = batch(examples, 4, most=100)
     assert {tuple(tensor.shape) for tensor in rows.values()} == {(2, 8)}
     assert rows["attention_mask"].sum(1).tolist() in ([3, 5], [5, 3])
     assert torch.equal((rows["labels"] != IGNORED).sum(1).sort().values, torch.tensor([2, 3]))
