@@ -25,12 +25,12 @@ class Memory {
     std::vector<T> all;
 };
 
-// A seed's number and an element, for every word that was refused.
-using Refused = std::vector<std::tuple<int, int64_t>>;
+// A seed's number, an element and what was put there instead, for every word that was refused.
+using Refused = std::vector<std::tuple<int, int64_t, int32_t>>;
 
 tempo::Refusals refusals(Refused &to) {
-    const auto report = [](void *list, int seed, int64_t element) {
-        static_cast<Refused *>(list)->emplace_back(seed, element);
+    const auto report = [](void *list, int seed, int64_t element, int32_t instead) {
+        static_cast<Refused *>(list)->emplace_back(seed, element, instead);
     };
     return {report, &to};
 }
@@ -53,7 +53,7 @@ std::vector<int64_t> expand(const nb::bytes &seed, int64_t block, const Line<int
         tempo::active->expand(expansion);
     }
     std::vector<int64_t> elements;
-    for (const auto &[number, element] : refused) elements.push_back(element);
+    for (const auto &[number, element, instead] : refused) elements.push_back(element);
     return elements;
 }
 
@@ -78,7 +78,7 @@ void sum_rows(const Ints &x, const Lines<const int32_t> &vectors, const Lines<in
     tempo::active->sum_rows(r);
 }
 
-// The seed's number and the element, for every word that was refused.
+// The seed's number, the element and what was subtracted instead, for every word that was refused.
 Refused share(const Matrix &x, const Numbers &scales, double ratio, float least_step,
               const std::vector<nb::bytes> &seeds, int64_t first, const Lines<int32_t> &out, const Lines<float> &steps,
               const Vectors &vectors, const Sums &sums) {

@@ -102,12 +102,24 @@ inline bool keystream(const Schedule &s, int64_t block, int32_t half, int32_t *t
     return words_by_aes(s, block, half, to, count);
 }
 
-// Reports what was refused of `count` words from element `first` on, and puts zeros there.
-inline void refuse(const Refusals &refusals, int seed, int64_t first, int32_t half, int32_t *words, int64_t count) {
+constexpr int64_t kCovers = int64_t(1) << 62;  // blocks from here on are for nothing else
+
+// A residue that nobody can tell who has not the seed: for one element, until another one takes its place.
+inline int32_t cover(const Schedule &key, int64_t element, int32_t half) {
+    int32_t words[kBatchWords];
+    keystream(key, kCovers + element, half, words, kBatchWords);
+    int i = 0;
+    while (words[i] > half || words[i] < -half) ++i;
+    return words[i];
+}
+
+// Reports what was refused of `count` words from element `first` on, and puts zeros there, or with a `key`, covers.
+inline void refuse(const Refusals &refusals, int seed, int64_t first, int32_t half, int32_t *words, int64_t count,
+                   const Schedule *key = nullptr) {
     for (int64_t i = 0; i < count; ++i)
         if (words[i] > half || words[i] < -half) {
-            words[i] = 0;
-            refusals.report(refusals.to, seed, first + i);
+            words[i] = key ? cover(*key, first + i, half) : 0;
+            refusals.report(refusals.to, seed, first + i, words[i]);
         }
 }
 

@@ -69,7 +69,8 @@ inline Ahead expand_ahead(const Shares &s, const Schedule *keys, int64_t element
     for (int seed = 0; seed < s.seeds; ++seed) {
         int32_t *words = s.words + seed * kAhead;
         if (keystream(keys[seed], first / kBlockWords, kHalf, words, count))
-            refuse(s.refusals, seed, element, kHalf, words + (element - first), end - element);
+            // Not zeros: what would be left of an element is the element, for a worker to read while it is written.
+            refuse(s.refusals, seed, element, kHalf, words + (element - first), end - element, keys + seed);
     }
     return {first, end};
 }

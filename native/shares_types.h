@@ -11,9 +11,10 @@ constexpr int kMostParts = kMostSeeds + 1;
 constexpr int kMostFieldVectors = 8;
 constexpr int64_t kAhead = 2048;  // words of a share that are expanded at a time: they stay in the first-level cache
 
-// Who is told of words that are no residues, for each seed in ascending order: others have to take their places.
+// Who is told of words that are no residues, for each seed in ascending order, and what was put there: others have to
+// take their places.
 struct Refusals {
-    void (*report)(void *to, int seed, int64_t element);
+    void (*report)(void *to, int seed, int64_t element, int32_t instead);
     void *to;
 };
 
@@ -66,7 +67,7 @@ struct Shares {
     float *steps;         // (rows)
     FieldSums sums;       // of the rounded rows
     int32_t *words;       // memory for `word_count` numbers, in whole cache lines
-    Refusals refusals;    // elements from which a refused word would have to be subtracted
+    Refusals refusals;    // elements from which another word than was refused has to be subtracted
 };
 
 // The next columns of the sum of `parts`, as numbers.

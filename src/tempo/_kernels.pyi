@@ -49,7 +49,7 @@ def share(
     steps: Tensor,
     vectors: Tensor | None,
     sums: Tensor | None,
-) -> list[tuple[int, int]]: ...
+) -> list[tuple[int, int, int]]: ...
 def combine(
     parts: Sequence[Tensor],
     steps: Tensor,

@@ -79,7 +79,7 @@ def _share_natively(
 ) -> tuple[Tensor, Tensor | None]:
     rows, columns = x.shape
     steps, sums = torch.empty(rows, 1), _sums(rows, vectors)
-    refused: list[tuple[int, int]] = []
+    refused: list[tuple[int, int, int]] = []
 
     def part(first: int, last: int) -> None:
         here = slice(first, last)
@@ -91,8 +91,8 @@ def _share_natively(
 
     kernels.in_parts(part, rows, max(1, _ELEMENTS // max(1, columns)))
     again, elements = [replacements(seed) for seed in seeds], out.view(-1)
-    for seed, element in sorted(refused):
-        elements[element] = int(reduce_(elements[element].long() - next(again[seed])))
+    for seed, element, instead in sorted(refused):
+        elements[element] = int(reduce_(elements[element].long() + instead - next(again[seed])))
     return steps, sums
 
 

@@ -207,3 +207,18 @@ def test_what_kernels_are_given_is_checked() -> None:
     ]:
         with pytest.raises((ValueError, TypeError)):
             native.share(*good[:place], bad, *good[place + 1 :])
+
+
+def test_nothing_is_written_that_a_worker_may_not_see_not_even_for_a_moment():
+    """Where a word is refused, another secret one stands in for it until the right one takes its place."""
+    native, x = kernels.native(), torch.randn(2, 200)
+    assert native is not None
+    if not native.shares():
+        return  # PyTorch writes what is sent once
+    out, steps = torch.empty(2, 200, dtype=torch.int32), torch.empty(2, 1)
+    refused = native.share(x, None, 1e-9, 2.0**-126, SEEDS[:1], 0, out, steps, None, None)
+    ((seed, element, instead),) = refused
+    assert (seed, element) == (0, 138)
+    rounded = int((x / steps).round().view(-1)[138])
+    assert abs(instead) > 1 << 10
+    assert int(out.view(-1)[138]) == int(reduce_(torch.tensor(rounded - instead)))
