@@ -92,6 +92,19 @@ def test_without_the_truth_nothing_is_claimed(recipe, tmp_path):
     assert "--truth" in finding.reason
 
 
+def test_under_split_adapters_beside_a_public_base_are_audited_at_each_operator(recipe, tmp_path, monkeypatch):
+    from tempo.audit import rehearsal
+
+    monkeypatch.setitem(rehearsal.LENGTHS, "quick", rehearsal.Lengths(4, 2, 3))
+    file = tmp_path / "report.json"
+    run("audit", "--run", recipe, "--scheme", "split", "--attack", "gram", "--json", file, "--no-controls")
+    (audited,) = contents.read(file).runs
+    assert audited.base == "public"
+    assert audited.drift is not None
+    assert audited.drift > 0
+    assert [finding.verdict for finding in audited.findings] == ["resisted", "resisted"]
+
+
 def test_train_record_and_attack_in_one_go(recipe, tmp_path, monkeypatch):
     from tempo.audit import rehearsal
 

@@ -25,6 +25,7 @@ from tempo.engine.batch import Posted
 from tempo.engine.link import ACKNOWLEDGED, Link
 from tempo.engine.measure import Measurement
 from tempo.engine.trace import Exchange
+from tempo.errors import WorkerLacksWeightError
 from tempo.initial import Base
 from tempo.schemes.base import Scheme
 from tempo.session import Session
@@ -61,6 +62,10 @@ class _Worker:
         exchange: Exchange | None = None,
     ) -> dict[str, Future[Any]]:
         self.last_id = self._sequence()
+        if isinstance(message, Store) and message.digests:
+            lacking: Future[Any] = Future()
+            lacking.set_exception(WorkerLacksWeightError("it has no checkpoints"))
+            return {ACKNOWLEDGED: lacking}
         seen = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         answers = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in wants.items()}
         with torch.no_grad():
@@ -87,6 +92,11 @@ class _Worker:
 
     def _serve(self, message: Message, seen: dict[str, Tensor], answers: dict[str, Tensor]) -> None:
         numbers, compute = self._numbers, self._compute
+        if (seed := seen.pop("seed", None)) is not None and isinstance(message, Forward | Backward):
+            (answer,), features = answers.values(), numbers.weight(message.weight).shape
+            name, width = ("x", features[1]) if isinstance(message, Forward) else ("g", features[0])
+            seen[name] = torch.empty(len(answer), width, dtype=torch.int32)
+            compute.expand(seed.numpy().tobytes(), seen[name])
         match message:
             case Store():
                 numbers.put_weight(message.weight, {name: Incoming(tensor) for name, tensor in seen.items()})

@@ -18,12 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tempo import schemes
 from tempo.audit import lab
+from tempo.audit.adapters import adapted, change
 from tempo.audit.attack import Effort
 from tempo.audit.knowledge import Knowledge
 from tempo.audit.samples import Samples
 from tempo.audit.transcript import View
 from tempo.audit.truth import Truth
+from tempo.errors import SettingsError
 from tempo.recipes import data
 from tempo.recipes.data import Format, Images
 from tempo.recipes.models import logits
@@ -134,13 +137,21 @@ class Rehearsal:
         """Train on under ``settings``, all of it recorded.
 
         Args:
-            start: Where from; left as it is.
+            start: Where from; left as it is. Under schemes whose weights are public, adapters are trained beside it.
             settings: Scheme and the like.
-            workers: How many workers, each of an operator of its own.
+            workers: How many workers, each of an operator of its own; as many as the scheme needs, at least.
             preset_for: For which origin the scheme's preset is chosen; the true one by default.
         """
         self._report(f"recording {self.lengths.recorded} steps under {settings.scheme}")
         model = copy.deepcopy(start.model)
+        traits = schemes.create(settings.scheme, settings).traits
+        if traits.public_weights:
+            if start.base is None:
+                raise SettingsError(f"audit: scheme {settings.scheme!r} is for public weights; use --origin public")
+            model.load_state_dict(start.base)
+            self._train(adapted(model), self._parts.private, self.lengths.warm)
+            preset_for = "public"
+        workers = max(workers, traits.min_workers)
         with lab.open_lab(workers, workers, settings=settings) as opened:
             opened.session.protect(model, base=preset_for or start.origin, trusted=settings.trusted)
             rate = 1.0 if start.base is None else FINE_TUNING
@@ -154,7 +165,8 @@ class Rehearsal:
             self._samples(self._parts.test),
         )
         knowledge = Knowledge(self.architecture, start.base, self._samples(self._parts.attacker), settings.trusted)
-        return Rehearsed(opened.views, truth, knowledge, _drift(model, start.base), offloaded)
+        drift = change(model) if traits.public_weights else _drift(model, start.base)
+        return Rehearsed(opened.views, truth, knowledge, drift, offloaded)
 
     def _samples(self, images: Images) -> Samples:
         return Samples(self._format.numbers(images.images), images.labels)
@@ -194,3 +206,8 @@ def session_settings(recipe: Recipe, scheme: str, **changes: object) -> Settings
     """The recipe's session under ``scheme``, all that can go out going out."""
     fields = {name: getattr(recipe.session, name) for name in Settings.__struct_fields__}
     return msgspec.convert(fields | {"scheme": scheme, "placement": "all"} | changes, Settings)
+
+
+def publishes(recipe: Recipe, scheme: str) -> bool:
+    """Whether ``scheme`` sends weights as they are, so that only a public base can be audited under it."""
+    return schemes.create(scheme, session_settings(recipe, scheme)).traits.public_weights

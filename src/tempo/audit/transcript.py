@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tempo.errors import AuditError
 from tempo.wire.layout import meant
-from tempo.wire.messages import Linear, Product
+from tempo.wire.messages import Linear, Product, Residues
 
 VERSION = 1
 
@@ -71,18 +72,25 @@ class Call:
 
     All tensors are masked, as the worker has them: ``x`` T×d, ``w`` m×d, ``y`` T×m, ``g`` T×m, ``dx`` T×d, ``dw`` m×d;
     of convolutions with spatial axes behind. One that was not part of the call is None. ``updated`` is the last change
-    that the worker had made to the weight by then, if any.
+    that the worker had made to the weight by then, if any. Residues are given as numbers of floating point.
+    ``passes`` counts backward passes before it, where weights never change and so tell no steps.
     """
 
     stored: Record
     forward: Record
     backward: Record | None = None
     updated: Record | None = None
+    passes: int = 0
 
     @property
     def step(self) -> int:
-        """Training step, counted by changes of weights."""
-        return self.forward.step
+        """Training step, counted by changes of weights, or by backward passes."""
+        return self.passes if self.public else self.forward.step
+
+    @property
+    def public(self) -> bool:
+        """Whether its weight is public, and went out as it is: ``w`` is its integers then."""
+        return isinstance(self.forward.product, Residues)
 
     @property
     def layer(self) -> int:
@@ -96,8 +104,8 @@ class Call:
 
     @property
     def product(self) -> Product:
-        """What was computed."""
-        return self.forward.product
+        """What was computed; of residues too, a fully connected layer."""
+        return Linear() if self.public else self.forward.product
 
     @property
     def weight(self) -> int:
@@ -107,18 +115,18 @@ class Call:
     @property
     def w(self) -> Tensor:
         """``w~``."""
-        return (self.updated or self.stored).tensors["w"]
+        return _numbers((self.updated or self.stored).tensors["w"])
 
     @property
     def x(self) -> Tensor:
         """``x~``."""
-        return meant(self.product, "x", self.forward.tensors["x"])
+        return meant(self.product, "x", _numbers(self.forward.tensors["x"]))
 
     @property
     def y(self) -> Tensor | None:
         """``y~``."""
         y = self.forward.tensors.get("y")
-        return None if y is None else meant(self.product, "y", y)
+        return None if y is None else meant(self.product, "y", _numbers(y))
 
     @property
     def g(self) -> Tensor | None:
@@ -140,7 +148,11 @@ class Call:
 
     def _back(self, name: str) -> Tensor | None:
         found = None if self.backward is None else self.backward.tensors.get(name)
-        return None if found is None else meant(self.product, name, found)
+        return None if found is None else meant(self.product, name, _numbers(found))
+
+
+def _numbers(t: Tensor) -> Tensor:
+    return t if t.is_floating_point() else t.float()
 
 
 @dataclass(frozen=True)
@@ -205,6 +217,8 @@ def assemble(records: Iterable[Record]) -> list[View]:
     weights: dict[tuple[str, int], Record] = {}
     updates: dict[tuple[str, int], Record] = {}
     open_calls: dict[tuple[str, int], Call] = {}
+    backward: Counter[str] = Counter()
+    """Whether gradients of residues came last, by worker."""
     for record in sorted(records, key=lambda r: r.sequence):
         view = views.setdefault(record.worker, View(record.worker))
         if record.operation == "store":
@@ -218,12 +232,23 @@ def assemble(records: Iterable[Record]) -> list[View]:
             stored = weights.get((record.worker, record.weight))
             if stored is None:
                 raise AuditError(f"message {record.sequence} uses weight {record.weight}, which was never stored")
-            call = Call(stored, record, updated=updates.get((record.worker, record.weight)))
+            last = view.calls[-1] if view.calls else None
+            passes = 0 if last is None or not isinstance(record.product, Residues) else last.passes
+            call = Call(
+                stored, record, None, updates.get((record.worker, record.weight)), passes + backward[record.worker]
+            )
+            backward[record.worker] = 0
             view.calls.append(call)
             if record.operand:
                 open_calls[record.worker, record.operand] = call
         elif record.operation == "backward" and (record.worker, record.operand) in open_calls:
             open_calls[record.worker, record.operand].backward = record
+        elif record.operation == "backward" and isinstance(record.product, Residues):
+            # It names no operand: the last call of the layer that waits for one, as far as anyone can tell.
+            waiting = [call for call in view.of(record.layer) if call.backward is None]
+            if waiting:
+                waiting[-1].backward = record
+            backward[record.worker] = 1
     return list(views.values())
 
 

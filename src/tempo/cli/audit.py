@@ -119,6 +119,9 @@ def _rehearse(
             continue
         start = whole.start(origin)
         for scheme in schemes or [recipe.session.scheme]:
+            if origin == "secret" and rehearsal.publishes(recipe, scheme):
+                tell(f"scheme {scheme} is for public weights only")
+                continue
             # Each scheme as it is, also where another preset would be chosen: what that one saves must be seen.
             done = whole.record(start, rehearsal.session_settings(recipe, scheme), workers, preset_for="secret")
             findings = auditing.attack(done.views, done.knowledge, done.truth, attacks, effort, tell)

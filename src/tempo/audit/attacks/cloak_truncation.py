@@ -45,8 +45,9 @@ class CloakTruncation(Attack):
         """
         calls = [view.of(layer)[-1] for layer in view.layers]
         calls = [call for call in calls if isinstance(call.product, Linear) and min(call.w.shape) > 2 * LEAST_CLOAK]
+        calls = [call for call in calls if not call.public]
         if not calls:
-            raise NotApplicable("no linear product with more features than twice a cloak's rank")
+            raise NotApplicable("no linear product with more features than twice a cloak's rank, and a secret weight")
         calls = calls[-QUICK_PRODUCTS:] if effort == "quick" else calls
         return Truncated(calls, [leading(call.w.double(), LEAST_CLOAK) for call in calls])
 

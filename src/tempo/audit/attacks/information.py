@@ -61,7 +61,7 @@ class Information(Attack):
             bits.append((mask_bits(known.mask("A")) + mask_bits(known.mask("P")), mask_bits(known.mask("L"))))
             for role in SIDES:
                 masked = getattr(call, role)
-                if masked is None or known.get(role) is None:
+                if masked is None or known.get(role) is None or (role == "w" and call.public):
                     continue
                 here, there = element_shares(masked, known, role)
                 if max(here, there) >= max(same, matched):
