@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tempo
+from tempo.audit.transcript import read
 from tempo.errors import SchemeError, SettingsError, UnsafeError, WorkerLiedError, WorkerLostError, WorkerRefusedError
 from tempo.schemes.fixed_point import share_rows
 from tempo.session import Session
@@ -132,6 +133,7 @@ def test_no_share_is_ever_sent_twice_lies_and_losses_notwithstanding(tmp_path, m
     assert set(seen) == set("01234")
     shares = [share for worker in seen.values() for share in worker]
     assert len({share.numpy().tobytes() for share in shares}) == len(shares) > 40
+    assert all(call.public and call.x.is_floating_point() for call in read(tmp_path / "0")[0].calls)  # as audits do
     # And none is the rows themselves: the positive control is that two shares of one operand give them back.
     plain = {(x / steps).round().int().numpy().tobytes() for x, steps in rows}
     assert not plain & {share.numpy().tobytes() for share in shares}
