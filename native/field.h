@@ -12,7 +12,7 @@ typedef uint64_t Wide __attribute__((vector_size(kLanes * 4)));
 constexpr uint64_t kPrime = (uint64_t(1) << 32) - 5;
 constexpr int32_t kHalf = int32_t((kPrime - 1) / 2);
 
-// `v` is a sum or difference mod 2^32. Where `overflow` is negative it left the range of int32, and came back by 2^32 at
+// `v` is a sum or difference mod 2^32. Where `overflow` is negative it left the range of int32 and came back by 2^32 at
 // its other end: mod p that is by 5.
 inline Integers corrected(Integers v, Integers overflow) {
     const Integers negative = v >> 31;

@@ -6,7 +6,7 @@ for ``|x_q| · ω ≤ HALF``, with ω the largest norm of such a column, Cauchy�
 that is sent depends on them. A row that is not finite has a step that is not, and so a product that is not.
 
 Natively where kernels can (`native/shares.h`; to make shares they need a processor with instructions for AES), and else
-in PyTorch, with the same bits.
+in PyTorch: the same numbers, but that a norm's sum in another order may make a step its neighbour in float32.
 """
 
 from __future__ import annotations

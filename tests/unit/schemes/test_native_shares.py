@@ -1,4 +1,4 @@
-"""The kernels of scheme `split` against PyTorch, bit for bit."""
+"""The kernels of scheme `split` against PyTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tempo import kernels
 from tempo.schemes.fixed_point import combine_rows, most_omega, share_rows
 from tempo.verify.field import row_sums
-from tempo.wire.residues import HALF, SEED_BYTES, expand, reduce_
+from tempo.wire.residues import HALF, SEED_BYTES, P, expand, reduce_
 
 SEEDS = [number.to_bytes(SEED_BYTES, "little") for number in (1137460, 4643994, 3)]
 """Of the first one element 138 is refused, of the second 205: tests/unit/wire/test_residues.py."""
@@ -48,16 +48,18 @@ def share(x: Tensor, scales: Tensor | None, omega: float, seeds: list[bytes], v:
     return [out, steps, torch.zeros(0) if sums is None else sums]
 
 
-def compare_shares(
-    x: Tensor, scales: Tensor | None, omega: float, seeds: list[bytes], v: Tensor | None
-) -> list[Tensor]:
+def compare_shares(x: Tensor, scales: Tensor | None, omega: float, seeds: list[bytes], v: Tensor | None) -> None:
+    """Bit for bit, but that norms are summed in another order, so that a step may, rarely, be its neighbour."""
     found = share(x, scales, omega, seeds, v)
     with kernels.using(kernels.TORCH):
         expected = share(x, scales, omega, seeds, v)
+    torch.testing.assert_close(found[1], expected[1], rtol=2**-23, atol=0)
+    same = (found[1] == expected[1]).flatten()
+    assert same.sum() >= len(x) - 1
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-    return found
+        if len(one):
+            assert torch.equal(one[same], other[same])
 
 
 @st.composite
@@ -222,3 +224,14 @@ def test_nothing_is_written_that_a_worker_may_not_see_not_even_for_a_moment():
     rounded = int((x / steps).round().view(-1)[138])
     assert abs(instead) > 1 << 10
     assert int(out.view(-1)[138]) == int(reduce_(torch.tensor(rounded - instead)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_has_a_step_that_is_not(value: float) -> None:
+    """And what it is shared as has the sum that it should have: a worker is not blamed for it."""
+    x, v = torch.randn(3, 40), vectors(2, 40)
+    x[1, 7] = value
+    out, steps, sums = share(x, None, 1000.0, SEEDS[:1], v)
+    assert steps.isfinite().flatten().tolist() == [True, False, True]
+    whole = row_sums(out, v) + row_sums(expand(SEEDS[0], torch.empty_like(out)), v)
+    assert not (whole - sums).remainder(P).any()
