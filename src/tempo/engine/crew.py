@@ -77,7 +77,9 @@ class Crew:
         self._least = max(self._least, traits.min_workers)
         self._distinct |= traits.distinct_operators
         if len(self.present) < traits.min_workers:
-            raise SchemeError(f"scheme {scheme.name!r} needs {traits.min_workers} workers; {len(self.present)} given")
+            instead = f". {traits.with_fewer}" if traits.with_fewer else ""
+            given = f"needs {traits.min_workers} workers; {len(self.present)} given"
+            raise SchemeError(f"scheme {scheme.name!r} {given}{instead}")
         for number in self.present:
             if why := self._not_distinct(self.links[number]):
                 raise SchemeError(f"scheme {scheme.name!r} needs workers of distinct operators; {why}")

@@ -88,6 +88,8 @@ class Traits:
 
     protects: str
     min_workers: int = 1
+    with_fewer: str = ""
+    """What to use with fewer, and what it would give away."""
     distinct_operators: bool = False
     operators: int = 1
     """How many distinct operators a product is divided over, where there are that many."""

@@ -12,7 +12,7 @@ where the sum is wrong, every answer is checked against its own share, to name w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Final, Self, final
 
@@ -60,6 +60,8 @@ class Split(Scheme):
         protects="hides inputs, gradients and trained parameters from any single operator, under AES-CTR as a "
         "pseudo-random generator; the frozen weights are public",
         min_workers=2,
+        with_fewer="Scheme 'mix-tuned' makes do with one: it resists attacks that know the base alone, but who has data like "
+        "yours, too, learns part of its masks, and so of data and adapters (docs/threat-model.md)",
         distinct_operators=True,
         operators=2,
         public_weights=True,
@@ -72,9 +74,7 @@ class Split(Scheme):
         if colluders > 1:
             least = colluders + 1
             protects = self.traits.protects.replace("single operator", f"{colluders} operators together")
-            self.traits = Traits(
-                protects, least, True, least, public_weights=True, exact=True, unfolds=True
-            )  # fmt: skip
+            self.traits = replace(self.traits, protects=protects, min_workers=least, operators=least)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
