@@ -265,7 +265,7 @@ def test_one_operator_cannot_have_two_workers(connect, workers):
 
 
 def test_one_worker_is_too_few(connect):
-    with pytest.raises(SchemeError, match="needs 2 workers; 1 given. Scheme .mix-tuned. makes do with one"):
+    with pytest.raises(SchemeError, match=r"needs 2 workers; 1 given\. Scheme .mix-tuned. makes do with one"):
         connect(1, **SPLIT)
 
 
