@@ -152,24 +152,31 @@ def test_a_run_that_was_killed_resumes_with_the_same_losses(base: Path, data: Pa
     assert "private.jsonl holds something else now" in run(*command, "--resume").output
 
 
+@pytest.mark.parametrize("measured", [False, True])  # before step 4 is measured, and after it
 def test_ctrl_c_saves_and_says_how_to_go_on(
-    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: bool
 ) -> None:
     command = (base, data, *TRAINING, *DROPOUT, "--plain")
     assert run(*command, "--out", tmp_path / "straight").exit_code == 0
+    name = "sample" if measured else "one_step"
+    original = getattr(finetuning, name)
 
-    def interrupted(job: jobs.Job, began: float) -> Any:
-        if job.step == 5:
+    def interrupted(job: jobs.Job, *arguments: Any) -> Any:
+        result = original(job, *arguments)
+        if job.step == 4:
             signal.raise_signal(signal.SIGINT)
-        return jobs.one_step(job, began)
+        return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "one_step", interrupted)
+        patch.setattr(finetuning, name, interrupted)
         result = run(*command, "--out", tmp_path / "out")
     assert result.exit_code == 128 + signal.SIGINT
-    assert "interrupted; step 6 is saved. Continue with: tempo finetune" in result.output
+    assert "interrupted; step 4 is saved. Continue with: tempo finetune" in result.output
+    assert [record.step for record in evaluations(tmp_path / "out")] == ([0, 4] if measured else [0])
     assert run(*command, "--out", tmp_path / "out", "--resume").exit_code == 0
     assert losses(tmp_path / "out") == losses(tmp_path / "straight")
+    straight = [(record.step, record.loss) for record in evaluations(tmp_path / "straight")]
+    assert [(record.step, record.loss) for record in evaluations(tmp_path / "out")] == straight
 
 
 @pytest.mark.parametrize("moment", [4, 6])  # in a step, and while measuring after one

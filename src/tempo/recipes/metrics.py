@@ -45,11 +45,13 @@ class Metrics:
     Args:
         folder: The run's folder.
         step: Steps already done: what a run that broke off recorded beyond them is dropped, since it comes again.
+        evaluated: Whether the evaluation after ``step`` is done too; otherwise it comes again.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
+    def __init__(self, folder: Path, step: int = 0, *, evaluated: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        self._evaluated = evaluated
         self._start(step)
 
     def go_back(self, step: int) -> None:
@@ -61,8 +63,7 @@ class Metrics:
         folder = self._folder
         path = folder / _FILE
         kept = [record for record in read(folder) if record.step <= step] if path.exists() else []
-        # The final evaluation comes again too.
-        if kept and isinstance(kept[-1], Evaluation) and kept[-1].step == step:
+        if kept and isinstance(kept[-1], Evaluation) and kept[-1].step == step and not self._evaluated:
             kept.pop()
         path.write_bytes(b"".join(msgspec.json.encode(record) + b"\n" for record in kept))
         self._file = path.open("ab")

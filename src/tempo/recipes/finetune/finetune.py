@@ -32,7 +32,7 @@ def finetune(tuning: Tuning, console: Console, *, resume: bool = False, plain: b
         plain: Compute everything here, without a session.
 
     Returns:
-        How it ended; loss and accuracy are those of the adapter that was stored, on what was kept apart.
+        How it ended, and the loss of the adapter that was stored on what was kept apart.
 
     Raises:
         TempoError: Something went wrong; if training had begun, a checkpoint was saved, as a note on the error says.
@@ -50,7 +50,8 @@ def finetune(tuning: Tuning, console: Console, *, resume: bool = False, plain: b
             make_way(folder, console)
         job.session = session
         display = Display(console, "fine-tuning", job.step, job.steps, job.batch_size, "validation")
-        with Metrics(folder, job.step) as metrics, display, Interrupts() as interrupts:
+        evaluated = job.evaluated == job.step
+        with Metrics(folder, job.step, evaluated=evaluated) as metrics, display, Interrupts() as interrupts:
             return _loop(job, store, metrics, display, interrupts)
 
 
