@@ -146,6 +146,17 @@ def test_no_share_is_ever_sent_twice_lies_and_losses_notwithstanding(tmp_path, m
     assert plain & sums
 
 
+def test_a_liar_that_hangs_up_before_it_is_caught_may_not_come_back(workers):
+    with session_with("", "", "", patience=0, **SPLIT) as session:
+        for kind in (WorkerLostError, WorkerLiedError, WorkerLiedError):
+            error = kind("worker1")
+            error.worker = 1
+            session._engine.dismiss(error)
+        assert [type(incident.error) for incident in session.incidents] == [WorkerLostError, WorkerLiedError]
+        with pytest.raises(WorkerRefusedError, match="banned, for it lied"):
+            session.add_worker(f"{workers[0]}@operator1")
+
+
 def test_a_lost_worker_is_replaced_by_another_operator_s(caplog):
     with session_with("", "", "", patience=0, **SPLIT) as session:
         model = session.protect(Adapted())

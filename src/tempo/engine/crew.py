@@ -124,10 +124,10 @@ class Crew:
         """
         if error.worker is None:
             raise error
-        if error.worker in self._gone:
-            return
         operator = self.links[error.worker].address.operator
         lied = isinstance(error, WorkerLiedError)
+        if error.worker in self._gone and not (lied and operator not in self.banned):
+            return  # one that lied and was lost before that showed may not come back
         leaving = [
             number
             for number in self.present
