@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -11,8 +13,11 @@ from tempo.audit.adapters import adapted, change
 from tempo.audit.attacks.gram import Gram
 from tempo.audit.attacks.information import Information
 from tempo.audit.knowledge import Knowledge
+from tempo.audit.report.contents import read
 from tempo.audit.shares import simulated, together
 from tempo.wire.integers import integers
+
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +65,19 @@ def test_attacks_are_at_the_simulator_s_floor_and_break_both_together(recorded):
         for view in (*recorded.views, simulated(recorded.views[0])):
             assert attack.run(view, Knowledge(), truth).figures[0].value < floor
         assert attack.run(together(recorded.views), Knowledge(), truth).figures[0].value > broken
+
+
+def test_figures_of_the_documentation_are_those_measured():
+    runs = read(REPOSITORY / "benchmarks" / "audit" / "xeon-avx512-2026-11-29" / "split.json").runs
+    section = (REPOSITORY / "docs" / "schemes" / "split.md").read_text(encoding="utf-8").split("## Audit")[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+    written = {row[0]: row[3:] for row in rows}
+    assert written["attack"] == [run.title for run in runs]
+    for attack in zip(*(run.findings for run in runs), strict=True):
+        if any(finding.figures for finding in attack):
+            reached = [f"{finding.figures[0].value:.2g}" for finding in attack]
+            leaks = [finding.verdict == "broken" for finding in attack]
+            assert leaks[:3] == [False] * 3
+            assert written[f"`{attack[0].attack}`"] == [
+                f"**{figure}**" if leak else figure for figure, leak in zip(reached, leaks, strict=True)
+            ]
