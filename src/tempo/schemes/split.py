@@ -60,8 +60,8 @@ class Split(Scheme):
         protects="hides inputs, gradients and trained parameters from any single operator, under AES-CTR as a "
         "pseudo-random generator; the frozen weights are public",
         min_workers=2,
-        with_fewer="Scheme 'mix-tuned' makes do with one: it resists attacks that know the base alone, but who has data "
-        "like yours, too, learns part of its masks, and so of data and adapters (docs/threat-model.md)",
+        with_fewer="Scheme 'mix-tuned' makes do with one: it resists attacks that know the base alone, but who has "
+        "data like yours, too, learns part of its masks, and so of data and adapters (docs/threat-model.md)",
         distinct_operators=True,
         operators=2,
         public_weights=True,
