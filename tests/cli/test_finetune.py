@@ -258,3 +258,19 @@ def test_a_base_or_data_that_is_not_there_is_named(base: Path, data: Path, tmp_p
             shutil.copy(file, tmp_path / "pickled")
     torch.save({}, tmp_path / "pickled/pytorch_model.bin")
     assert "cannot load as a causal language model" in run(tmp_path / "pickled", data).output
+
+
+def test_a_stored_adapter_answers_prompts_through_workers_as_in_plain(base: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    assert run("finetune", base, data, "--out", out, *TRAINING, "--plain").exit_code == 0
+    ask = ("generate", base, "1+1=", "2+2=", "--adapter", out, "--tokens", "6", "--top-p", "0")
+    protected = run(*ask, "--set", "session.placement=all")
+    assert protected.exit_code == 0, protected.output
+    assert protected.output == run(*ask, "--plain").output
+    assert protected.output.count("1+1=") == protected.output.count("2+2=") == 1
+
+
+def test_an_adapter_that_is_not_there_is_named(base: Path, tmp_path: Path) -> None:
+    result = run("generate", base, "hello", "--adapter", tmp_path, "--plain")
+    assert result.exit_code == 1
+    assert "adapter_model.safetensors is missing" in result.output

@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "train": "Train a model by a recipe, its large products computed under masks by workers.",
     "finetune": "Fine-tune a public language model on private text by LoRA, through workers.",
     "evaluate": "Measure loss and accuracy of a checkpoint on its test images, through workers.",
+    "generate": "Go on from prompts by a public language model and a private adapter, through workers.",
     "predict": "Classify images with a checkpoint, through workers.",
     "worker": "Serve products to trusted processes; runs on the untrusted machine.",
     "keygen": "Make a key pair for connections to other machines.",

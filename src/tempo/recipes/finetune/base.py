@@ -28,29 +28,52 @@ def load_tokenizer(base: str) -> Any:
         raise SettingsError(f"{base}: cannot load its tokenizer: {_first_line(error)}") from None
 
 
+def load_base(base: str) -> Any:
+    """The base alone, in float32.
+
+    Raises:
+        SettingsError: It cannot be loaded.
+    """
+    import transformers as hf
+
+    _check(base)
+    hf.utils.logging.disable_progress_bar()
+    try:
+        return hf.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise SettingsError(f"{base}: cannot load as a causal language model: {_first_line(error)}") from None
+
+
+def load_adapted(base: str, adapter: Path) -> Any:
+    """The base with an adapter that was stored, both frozen.
+
+    Raises:
+        SettingsError: One of them cannot be loaded, or does not fit the other.
+    """
+    peft = _peft()
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise SettingsError(f"{adapter}: no adapter in PEFT's format: adapter_model.safetensors is missing")
+    try:
+        return peft.PeftModel.from_pretrained(load_base(base), adapter)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise SettingsError(f"{adapter}: cannot put this adapter on {base}: {_first_line(error)}") from None
+
+
 def load_model(model: Model) -> Any:
-    """The base in float32, frozen, with an adapter; seed torch before, for the same adapter again.
+    """The base in float32, frozen, with a fresh adapter; seed torch before, for the same adapter again.
 
     Raises:
         SettingsError: The base cannot be loaded, or has no layers of the names that were given.
     """
-    try:
-        import transformers as hf
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise SettingsError(f"tempo finetune needs {error.name}: pip install 'tempo-train[finetune]'") from None
-    _check(model.base)
-    hf.utils.logging.disable_progress_bar()
-    try:
-        base = hf.AutoModelForCausalLM.from_pretrained(model.base, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise SettingsError(f"{model.base}: cannot load as a causal language model: {_first_line(error)}") from None
+    import transformers as hf
+
+    peft, base = _peft(), load_base(model.base)
     targets = [name.strip() for name in model.targets.split(",") if name.strip()]
     linear = {name.rpartition(".")[2] for name, module in base.named_modules() if hasattr(module, "weight")}
     for name in targets:
         if targets != ["all-linear"] and name.rpartition(".")[2] not in linear:
             raise SettingsError(f"--targets: {model.base} has no layer {name!r}; {nearest(name, linear)}")
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=model.rank,
         lora_alpha=model.alpha,
         lora_dropout=model.dropout,
@@ -64,7 +87,7 @@ def load_model(model: Model) -> Any:
         with warnings.catch_warnings():
             # A PEFT that does not know the latest names of transformers: nothing that a user can do about.
             warnings.simplefilter("ignore", FutureWarning)
-            return get_peft_model(base, config)
+            return peft.get_peft_model(base, config)
     except ValueError as error:
         raise SettingsError(f"{model.base}: cannot put an adapter on it: {_first_line(error)}") from None
 
@@ -72,6 +95,14 @@ def load_model(model: Model) -> Any:
 def most_tokens(model: Any) -> int:
     """How many tokens ``model`` can read at once."""
     return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise SettingsError(f"adapters need {error.name}: pip install 'tempo-train[finetune]'") from None
+    return peft
 
 
 def _check(base: str) -> None:

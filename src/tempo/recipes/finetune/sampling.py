@@ -1,4 +1,4 @@
-"""What the model says while it is being tuned, shown after each evaluation."""
+"""What a language model says: while it is being tuned, after each evaluation, and to prompts."""
 
 from __future__ import annotations
 
@@ -10,26 +10,43 @@ from torch import Tensor
 from tempo.recipes.finetune.examples import chat, start
 from tempo.recipes.finetune.job import Job
 
-_TOP_P: Final = 0.9
+TOP_P: Final = 0.9
+
+
+def continuation(model: Any, tokenizer: Any, prompt: Tensor, tokens: int, most: int, top_p: float = TOP_P) -> Tensor:
+    """How ``model`` goes on.
+
+    Args:
+        model: Causal, of `transformers`.
+        tokenizer: Its.
+        prompt: Token numbers 1×T; its end, where that is long, so that half of what the model can read is left.
+        tokens: To add, at most.
+        most: Tokens that the model can read.
+        top_p: Share of the likeliest tokens to draw from; 0: take the likeliest.
+
+    Returns:
+        The prompt, as it was read, and then the tokens that were added.
+    """
+    prompt = prompt[:, -(most // 2) :]
+    drawn: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": top_p} if top_p else {"do_sample": False}
+    with torch.no_grad():
+        found: Tensor = model.eval().generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=min(tokens, most - prompt.shape[1]),
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            **drawn,
+        )
+    return found
 
 
 def sample(job: Job) -> str:
     """A prompt and how the model goes on from it, drawn alike every time; torch's generator stays as it was."""
     tokenizer: Any = job.tokenizer
     prompt = _prompt(job)[:, -(job.most // 2) :]
-    count = min(job.tuning.run.sample_tokens, job.most - prompt.shape[1])
-    with torch.random.fork_rng(devices=()), torch.no_grad():
+    with torch.random.fork_rng(devices=()):
         torch.manual_seed(job.tuning.run.seed)
-        model: Any = job.model.eval()
-        drawn = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=count,
-            do_sample=True,
-            top_k=0,
-            top_p=_TOP_P,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-        )
+        drawn = continuation(job.model, tokenizer, prompt, job.tuning.run.sample_tokens, job.most)
     texts = (tokenizer.decode(part, skip_special_tokens=True) for part in drawn[0].tensor_split([prompt.shape[1]]))
     return " ... ".join(text.strip() for text in texts)
 
