@@ -53,12 +53,19 @@ class Summary:
     def __init__(self, engine: Engine, layers: Sequence[ProtectedLayer], models: Sequence[ProtectedModel] = ()) -> None:
         self.models = list(models)
         shared = [m.scheme for m in models if m.scheme.traits.exact]
+        present = engine.crew.present
         self.workers = [
             f"{link.address} ({link.welcome.device}), "
-            + ("a share of every row" if shared else f"{engine.crew.share(number):.0%} of the rows")
+            + (
+                "which left"
+                if number not in present
+                else "a share of every row"
+                if shared
+                else f"{engine.crew.share(number):.0%} of the rows"
+            )
             for number, link in enumerate(engine.links)
         ]
-        operators = list(dict.fromkeys(engine.links[number].address.operator for number in engine.crew.present))
+        operators = list(dict.fromkeys(engine.links[number].address.operator for number in present))
         least = max((scheme.traits.min_workers for scheme in shared), default=0)
         self.colluding = (
             f"any {least} of the operators {', '.join(operators)} would have to put together what they see"
