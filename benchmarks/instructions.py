@@ -52,6 +52,7 @@ def kernels() -> dict[str, tuple[Call, int]]:
         np.zeros((ROWS, 2), np.int64),
     )
     heads = [floats(2, 4, 65, 64) for _ in range(8)]
+    few = [floats(2, 2, 65, 64) for _ in range(2)]
     lse = floats(2, 4, 65)
     triangles, squares = np.random.default_rng(0).standard_normal((16, 32 * 33 // 2)), np.zeros((16, 32, 32))
     uniform = np.random.default_rng(0).integers(1 << 63, size=1 << 13).view(np.float64)
@@ -79,6 +80,14 @@ def kernels() -> dict[str, tuple[Call, int]]:
         "attention": ((native.attention, (*heads[:4], lse, 0.125, False)), lse.size * 64),
         "attention, gradient": (
             (native.attention_gradient, (*heads[:5], lse, *heads[5:], 0.125, False)),
+            lse.size * 64,
+        ),
+        "causal attention of groups": (
+            (native.attention, (heads[0], *few, heads[3], lse, 0.125, True)),
+            lse.size * 64,
+        ),
+        "causal attention of groups, gradient": (
+            (native.attention_gradient, (*heads[:2], *few, heads[4], lse, heads[5], *few, 0.125, True)),
             lse.size * 64,
         ),
         "Gaussian numbers": ((native.gaussians, (uniform,)), uniform.size),

@@ -96,6 +96,16 @@ def heads(samples: int, count: int, tokens: int, width: int) -> list[torch.Tenso
     return [torch.randn(samples, tokens, count, width).transpose(1, 2) for _ in range(3)]
 
 
+def grouped(samples: int, count: int, kv_count: int, tokens: int, width: int) -> list[torch.Tensor]:
+    """The same where queries share heads of keys and values."""
+    return [heads(samples, count, tokens, width)[0], *heads(samples, kv_count, tokens, width)[1:]]
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention as in Llama."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
 def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
     """GELU as in GPT-2."""
     return F.gelu(x, approximate="tanh")
@@ -173,6 +183,8 @@ KERNELS: dict[str, Callable[[], Case]] = {
     "attention, 65 tokens, gradient": lambda: backward(F.scaled_dot_product_attention, *heads(64, 12, 65, 64)),
     "attention, 256 tokens": lambda: forward(F.scaled_dot_product_attention, *heads(4, 16, 256, 128)),
     "attention, 256 tokens, gradient": lambda: backward(F.scaled_dot_product_attention, *heads(4, 16, 256, 128)),
+    "causal attention of groups, 256 tokens": lambda: forward(causal, *grouped(4, 32, 8, 256, 64)),
+    "causal attention of groups, 256 tokens, gradient": lambda: backward(causal, *grouped(4, 32, 8, 256, 64)),
     "attention, 512 tokens": lambda: forward(F.scaled_dot_product_attention, *heads(2, 12, 512, 64)),
     "attention, 512 tokens, gradient": lambda: backward(F.scaled_dot_product_attention, *heads(2, 12, 512, 64)),
 }

@@ -90,11 +90,18 @@ inline void multiply_panel(Left a, int64_t rows, const float *panel, int64_t dep
     if (rows - i == 1) block(std::integral_constant<int, 1>{});
 }
 
-// out = a · b, or out += a · b; whole vectors of columns are written.
-inline void multiply(Left a, int64_t rows, const float *b, int64_t depth, int64_t columns, float *out, int64_t stride,
+// The right operand, as the functions above pack it.
+struct Packed {
+    const float *panels;
+    int64_t depth, columns;
+};
+
+// out = a · b, or out += a · b, of the first `depth` rows and `columns` columns of b; whole panels are written.
+inline void multiply(Left a, int64_t rows, Packed b, int64_t depth, int64_t columns, float *out, int64_t stride,
                      bool add = false) {
-    for_panels(columns, depth, [=](int64_t first, int width, int64_t start) {
-        const float *panel = b + start;
+    for_panels(b.columns, b.depth, [=](int64_t first, int width, int64_t start) {
+        if (first >= columns) return;
+        const float *panel = b.panels + start;
         float *to = out + first;
         switch (width) {
             case 1: return multiply_panel<1>(a, rows, panel, depth, to, stride, add);
@@ -111,9 +118,16 @@ inline float *at(const Heads &x, int64_t sample, int64_t head, int64_t token = 0
 inline int64_t whole_vectors(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // How many rows of scores to take at once: blocks of about one size.
-inline int64_t block_rows(int64_t queries) {
-    const int64_t blocks = (queries + kQueries - 1) / kQueries, even = (queries + blocks - 1) / blocks;
+inline int64_t block_rows(const Attention &a) {
+    const int64_t most = a.causal ? kCausalQueries : kQueries;
+    const int64_t blocks = (a.queries + most - 1) / most, even = (a.queries + blocks - 1) / blocks;
     return (even + 3) / 4 * 4;
+}
+
+// Keys that the `rows` queries from i on see, all of them together. The last queries are given all keys, so that every
+// one is.
+inline int64_t keys_seen(const Attention &a, int64_t i, int64_t rows) {
+    return a.causal && i + rows < a.queries && i + rows < a.keys ? i + rows : a.keys;
 }
 
 inline float most(Vector v) {
@@ -156,22 +170,26 @@ inline void fetch(const Heads &x, int64_t tokens, int64_t width, int64_t n, int6
 }
 
 inline void attend_head(const Attention &a, int64_t n, int64_t h) {
-    const int64_t keys = whole_vectors(a.keys), stride = score_stride(a.keys), block = block_rows(a.queries);
+    const int64_t keys = whole_vectors(a.keys), stride = score_stride(a.keys), block = block_rows(a);
+    const int64_t shared = h / a.group;
     float *scores = a.memory, *keys_packed = scores + kQueries * stride, *values_packed = keys_packed + keys * a.width;
-    pack_columns(at(a.k, n, h), a.k.token, a.width, a.keys, keys_packed);
-    pack_rows(at(a.v, n, h), a.v.token, a.keys, a.width, values_packed);
+    if (h % a.group == 0) {
+        pack_columns(at(a.k, n, shared), a.k.token, a.width, a.keys, keys_packed);
+        pack_rows(at(a.v, n, shared), a.v.token, a.keys, a.width, values_packed);
+    }
     for (int64_t i = 0; i < a.queries; i += block) {
-        const int64_t rows = a.queries - i < block ? a.queries - i : block;
-        multiply({at(a.q, n, h, i), a.q.token, 1}, rows, keys_packed, a.width, a.keys, scores, stride);
+        const int64_t rows = a.queries - i < block ? a.queries - i : block, seen = keys_seen(a, i, rows);
+        multiply({at(a.q, n, h, i), a.q.token, 1}, rows, {keys_packed, a.width, a.keys}, a.width, seen, scores, stride);
         float inverse[kQueries];
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t valid = a.causal && i + r + 1 < a.keys ? i + r + 1 : a.keys;
             float greatest;
-            const float total = exponentials(scores + r * stride, keys, valid, a.scale, &greatest);
+            const float total = exponentials(scores + r * stride, whole_vectors(seen), valid, a.scale, &greatest);
             a.lse[(n * a.heads + h) * a.queries + i + r] = greatest + __builtin_logf(total);
             inverse[r] = 1.f / total;
         }
-        multiply({scores, stride, 1}, rows, values_packed, a.keys, a.width, at(a.out, n, h, i), a.out.token);
+        multiply({scores, stride, 1}, rows, {values_packed, a.keys, a.width}, seen, a.width, at(a.out, n, h, i),
+                 a.out.token);
         for (int64_t r = 0; r < rows; ++r) {
             float *out = at(a.out, n, h, i + r);
             for (int64_t j = 0; j < a.width; j += kLanes) store(out + j, load(out + j) * inverse[r]);
@@ -180,21 +198,25 @@ inline void attend_head(const Attention &a, int64_t n, int64_t h) {
 }
 
 inline void differentiate_head(const Attention &a, int64_t n, int64_t h) {
-    const int64_t keys = whole_vectors(a.keys), stride = score_stride(a.keys), block = block_rows(a.queries);
+    const int64_t stride = score_stride(a.keys), block = block_rows(a), shared = h / a.group;
     const int64_t tall = stride > kQueries ? stride : kQueries;
     float *p = a.memory, *ds = p + kQueries * stride;
     float *keys_across = ds + kQueries * stride, *values_across = keys_across + tall * a.width;
     float *keys_packed = values_across + tall * a.width, *g_packed = keys_packed + tall * a.width;
     float *queries_packed = g_packed + tall * a.width;
-    pack_columns(at(a.k, n, h), a.k.token, a.width, a.keys, keys_across);
-    pack_columns(at(a.v, n, h), a.v.token, a.width, a.keys, values_across);
-    pack_rows(at(a.k, n, h), a.k.token, a.keys, a.width, keys_packed);
+    if (h % a.group == 0) {
+        pack_columns(at(a.k, n, shared), a.k.token, a.width, a.keys, keys_across);
+        pack_columns(at(a.v, n, shared), a.v.token, a.width, a.keys, values_across);
+        pack_rows(at(a.k, n, shared), a.k.token, a.keys, a.width, keys_packed);
+    }
+    int64_t begun = h % a.group == 0 ? 0 : a.keys;  // keys whose gradients hold something to add to
     for (int64_t i = 0; i < a.queries; i += block) {
-        const int64_t rows = a.queries - i < block ? a.queries - i : block;
+        const int64_t rows = a.queries - i < block ? a.queries - i : block, seen = keys_seen(a, i, rows);
+        const Packed gradients{g_packed, rows, a.width}, queries{queries_packed, rows, a.width};
         pack_rows(at(a.g, n, h, i), a.g.token, rows, a.width, g_packed);
         pack_rows(at(a.q, n, h, i), a.q.token, rows, a.width, queries_packed);
-        multiply({at(a.q, n, h, i), a.q.token, 1}, rows, keys_across, a.width, a.keys, p, stride);
-        multiply({at(a.g, n, h, i), a.g.token, 1}, rows, values_across, a.width, a.keys, ds, stride);
+        multiply({at(a.q, n, h, i), a.q.token, 1}, rows, {keys_across, a.width, a.keys}, a.width, seen, p, stride);
+        multiply({at(a.g, n, h, i), a.g.token, 1}, rows, {values_across, a.width, a.keys}, a.width, seen, ds, stride);
         for (int64_t r = 0; r < rows; ++r) {
             const float *out = at(a.out, n, h, i + r), *g = at(a.g, n, h, i + r);
             Vector product{};
@@ -203,15 +225,21 @@ inline void differentiate_head(const Attention &a, int64_t n, int64_t h) {
             const int64_t valid = a.causal && i + r + 1 < a.keys ? i + r + 1 : a.keys;
             const float scale_2 = a.scale * kLog2e;
             float *p_row = p + r * stride, *ds_row = ds + r * stride;
-            for (int64_t j = 0; j < keys; j += kLanes) {
+            for (int64_t j = 0; j < whole_vectors(seen); j += kLanes) {
                 const Vector e = only(power_of_two(load(p_row + j) * scale_2 - lse * kLog2e), j, valid, 0.f);
                 store(p_row + j, e);
                 store(ds_row + j, e * (load(ds_row + j) - delta) * a.scale);
             }
         }
-        multiply({ds, stride, 1}, rows, keys_packed, a.keys, a.width, at(a.dq, n, h, i), a.dq.token);
-        multiply({p, 1, stride}, a.keys, g_packed, rows, a.width, at(a.dv, n, h), a.dv.token, i > 0);
-        multiply({ds, 1, stride}, a.keys, queries_packed, rows, a.width, at(a.dk, n, h), a.dk.token, i > 0);
+        multiply({ds, stride, 1}, rows, {keys_packed, a.keys, a.width}, seen, a.width, at(a.dq, n, h, i), a.dq.token);
+        const auto to_keys = [&](int64_t from, int64_t count, bool add) {
+            multiply({p + from, 1, stride}, count, gradients, rows, a.width, at(a.dv, n, shared, from), a.dv.token, add);
+            multiply({ds + from, 1, stride}, count, queries, rows, a.width, at(a.dk, n, shared, from), a.dk.token, add);
+        };
+        const int64_t added = begun < seen ? begun : seen;
+        to_keys(0, added, true);
+        to_keys(added, seen - added, false);
+        begun = begun < seen ? seen : begun;
     }
 }
 
@@ -220,7 +248,7 @@ inline void attend(const Attention &a) {
         for (int64_t h = 0; h < a.heads; ++h) {
             if (a.queries <= kQueries && h + 1 < a.heads) {
                 for (const Heads &x : {a.q, a.out}) fetch(x, a.queries, a.width, n, h + 1);
-                for (const Heads &x : {a.k, a.v}) fetch(x, a.keys, a.width, n, h + 1);
+                for (const Heads &x : {a.k, a.v}) fetch(x, a.keys, a.width, n, (h + 1) / a.group);
             }
             attend_head(a, n, h);
         }
@@ -231,7 +259,7 @@ inline void differentiate_attention(const Attention &a) {
         for (int64_t h = 0; h < a.heads; ++h) {
             if (a.queries <= kQueries && h + 1 < a.heads) {
                 for (const Heads &x : {a.q, a.out, a.g, a.dq}) fetch(x, a.queries, a.width, n, h + 1);
-                for (const Heads &x : {a.k, a.v, a.dk, a.dv}) fetch(x, a.keys, a.width, n, h + 1);
+                for (const Heads &x : {a.k, a.v, a.dk, a.dv}) fetch(x, a.keys, a.width, n, (h + 1) / a.group);
             }
             differentiate_head(a, n, h);
         }

@@ -25,12 +25,14 @@ void activation(const std::string &name, const Flat &x, const std::optional<Flat
     tempo::active->activation(kind, x.data(), g ? g->data() : nullptr, out.data(), int64_t(x.size()));
 }
 
-Heads heads_of(const Operand &x, const Operand &like) {
-    require(x.shape(0) == like.shape(0) && x.shape(1) == like.shape(1) && x.shape(3) == like.shape(3),
+Heads heads_of(const Operand &x, const Operand &like, size_t heads) {
+    require(x.shape(0) == like.shape(0) && x.shape(1) == heads && x.shape(3) == like.shape(3),
             "operands have to have the same samples, heads and features");
     require(x.stride(3) == 1, "features have to be contiguous");
     return {x.data(), x.stride(0), x.stride(1), x.stride(2)};
 }
+
+Heads heads_of(const Operand &x, const Operand &like) { return heads_of(x, like, like.shape(1)); }
 
 Attention attention_of(const Operand &q, const Operand &k, const Operand &v, const Operand &out, const Rows &lse,
                        float scale, bool causal) {
@@ -39,10 +41,12 @@ Attention attention_of(const Operand &q, const Operand &k, const Operand &v, con
     a.keys = int64_t(k.shape(2)), a.width = int64_t(q.shape(3));
     a.scale = scale, a.causal = causal;
     require(a.keys > 0 && a.width % tempo::kWidths == 0, "there have to be keys, and features a multiple of 16");
+    require(k.shape(1) > 0 && q.shape(1) % k.shape(1) == 0, "heads of queries have to be a multiple of those of keys");
+    a.group = a.heads / int64_t(k.shape(1));
     require(v.shape(2) == k.shape(2) && out.shape(2) == q.shape(2), "operands have to have the same tokens");
     require(lse.shape(0) == q.shape(0) && lse.shape(1) == q.shape(1) && lse.shape(2) == q.shape(2),
             "there has to be one sum for each query");
-    a.q = heads_of(q, q), a.k = heads_of(k, q), a.v = heads_of(v, q), a.out = heads_of(out, q);
+    a.q = heads_of(q, q), a.k = heads_of(k, q, k.shape(1)), a.v = heads_of(v, q, k.shape(1)), a.out = heads_of(out, q);
     a.lse = lse.data();
     return a;
 }
@@ -66,7 +70,7 @@ void attention_gradient(const Operand &g, const Operand &q, const Operand &k, co
     require(g.shape(2) == q.shape(2) && dq.shape(2) == q.shape(2) && dk.shape(2) == k.shape(2) &&
                 dv.shape(2) == k.shape(2),
             "gradients have to have the tokens of what they are of");
-    a.g = heads_of(g, q), a.dq = heads_of(dq, q), a.dk = heads_of(dk, q), a.dv = heads_of(dv, q);
+    a.g = heads_of(g, q), a.dq = heads_of(dq, q), a.dk = heads_of(dk, q, k.shape(1)), a.dv = heads_of(dv, q, k.shape(1));
     nb::gil_scoped_release released;
     run(a, tempo::active->differentiate_attention);
 }

@@ -17,6 +17,7 @@ struct Heads {
 
 struct Attention {
     int64_t samples, heads, queries, keys, width;  // width: of every operand; a multiple of kWidths
+    int64_t group;                                 // heads that share one head of k and v
     float scale;
     bool causal;  // a query sees no keys beyond its own number
     Heads q, k, v, out;
@@ -30,6 +31,8 @@ struct Attention {
 
 constexpr int kWidths = 16;        // lanes of the longest vector of any instruction set
 constexpr int64_t kQueries = 96;  // queries at a time, at most
+
+constexpr int64_t kCausalQueries = 64;  // where keys are masked: smaller blocks compute fewer masked scores
 
 // From one row of scores to the next: an odd number of cache lines, or columns would share few places in the cache.
 inline int64_t score_stride(int64_t keys) { return ((keys + kWidths - 1) / kWidths | 1) * kWidths; }

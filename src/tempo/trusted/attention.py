@@ -69,7 +69,8 @@ def attention(
         or dropout_p
         or not (query.dim() == key.dim() == value.dim() == 4)
         or key.shape != value.shape
-        or query.shape[:2] != key.shape[:2]
+        or query.shape[0] != key.shape[0]
+        or (query.shape[1] % key.shape[1] if enable_gqa else query.shape[1] != key.shape[1])
         or query.shape[3] != key.shape[3]
         or query.shape[3] % _WIDTHS
         or key.shape[2] > _LONGEST

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -59,6 +61,35 @@ def test_values_and_gradients_are_those_of_pytorch(isa, shape, options, layout):
     wanted = torch.autograd.grad(expected, exact, g.double())
     for ours, theirs in zip((out, *got), (expected, *wanted), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=4e-6)
+
+
+@pytest.mark.parametrize("isa_name", kernels.available())
+@given(
+    groups=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    queries=st.integers(1, 150),
+    keys=st.integers(1, 150),
+    causal=st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_queries_may_share_heads_of_keys(isa_name, groups, kv_heads, queries, keys, causal):
+    (q, *_), (_, k, v) = operands(2, kv_heads * groups, queries, keys, 16), operands(2, kv_heads, queries, keys, 16)
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    with kernels.using(isa_name):
+        out = within(q, k, v, is_causal=causal, enable_gqa=True)
+        assert native(out) == (isa_name != kernels.TORCH)
+        g = torch.randn_like(out)
+        got = torch.autograd.grad(out, (q, k, v), g)
+    expected = F.scaled_dot_product_attention(*exact, is_causal=causal, enable_gqa=True)
+    wanted = torch.autograd.grad(expected, exact, g.double())
+    for ours, theirs in zip((out, *got), (expected, *wanted), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_that_do_not_fit_are_refused_as_pytorch_does(isa):
+    (q, *_), (_, k, v) = operands(1, 3, 8, 8, 16), operands(1, 2, 8, 8, 16)
+    with pytest.raises(RuntimeError):
+        within(q, k, v, enable_gqa=True)
 
 
 def test_large_scores_do_not_overflow(isa):
