@@ -53,7 +53,7 @@ def kernels() -> dict[str, tuple[Call, int]]:
     )
     heads = [floats(2, 4, 65, 64) for _ in range(8)]
     few = [floats(2, 2, 65, 64) for _ in range(2)]
-    lse = floats(2, 4, 65)
+    lse, angles, z = floats(2, 4, 65), (floats(1, 65, 64), floats(1, 65, 64)), floats(ROWS, COLUMNS)
     triangles, squares = np.random.default_rng(0).standard_normal((16, 32 * 33 // 2)), np.zeros((16, 32, 32))
     uniform = np.random.default_rng(0).integers(1 << 63, size=1 << 13).view(np.float64)
     return {
@@ -77,6 +77,11 @@ def kernels() -> dict[str, tuple[Call, int]]:
         "GELU": ((native.activation, ("gelu", x, None, y)), size),
         "GELU, gradient": ((native.activation, ("gelu", x, x, y)), size),
         "SiLU, gradient": ((native.activation, ("silu", x, x, y)), size),
+        "SwiGLU": ((native.gated, ("silu", x, x, None, y, None)), size),
+        "SwiGLU, gradient": ((native.gated, ("silu", x, x, x, y, z)), size),
+        "RMSNorm": ((native.rms_norm, (x, v[0].copy(), None, y, q[0].copy(), 1e-6)), size),
+        "RMSNorm, gradient": ((native.rms_norm, (x, v[0].copy(), x, y, q[0].copy(), 1e-6)), size),
+        "rotary embedding": ((native.rotate, (heads[0], *angles, heads[1], False)), lse.size * 64),
         "attention": ((native.attention, (*heads[:4], lse, 0.125, False)), lse.size * 64),
         "attention, gradient": (
             (native.attention_gradient, (*heads[:5], lse, *heads[5:], 0.125, False)),

@@ -28,7 +28,10 @@ from tempo.schemes.fixed_point import combine_rows, share_rows
 from tempo.schemes.masks import Form, Mask, draw, draw_blocks
 from tempo.schemes.reply import Watch
 from tempo.schemes.sandwich import sandwich
+from tempo.trusted.gated import gated
 from tempo.trusted.mode import TrustedMode
+from tempo.trusted.modules import replace_modules
+from tempo.trusted.rotary import rotate_pair
 from tempo.verify.field import VECTORS
 from tempo.verify.sums import of_both, of_rows
 from tempo.wire.residues import SEED_BYTES, expand
@@ -106,6 +109,26 @@ def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
+def norm() -> torch.nn.Module:
+    """RMSNorm of Llama with frozen weights, as a protected model computes it."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    module = LlamaRMSNorm(WIDTH).requires_grad_(False)
+    replace_modules(module)
+    return module
+
+
+def rotation() -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of queries of 256 tokens with heads of 64 features."""
+    cos, sin = torch.randn(2, 1, 256, 64)
+    return lambda q: rotate_pair(q, q[:, :1], cos, sin)[0]
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """As in Llama."""
+    return gated("silu", gate, up)
+
+
 def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
     """GELU as in GPT-2."""
     return F.gelu(x, approximate="tanh")
@@ -179,6 +202,12 @@ KERNELS: dict[str, Callable[[], Case]] = {
     "tanh-GELU, gradient": lambda: backward(tanh_gelu, hidden()),
     "SiLU": lambda: forward(F.silu, hidden()),
     "SiLU, gradient": lambda: backward(F.silu, hidden()),
+    "SwiGLU": lambda: forward(swiglu, hidden(), hidden()),
+    "SwiGLU, gradient": lambda: backward(swiglu, hidden(), hidden()),
+    "RMSNorm": lambda: forward(norm(), hidden()),
+    "RMSNorm, gradient": lambda: backward(norm(), hidden()),
+    "rotary embedding": lambda: forward(rotation(), heads(8, 32, 256, 64)[0]),
+    "rotary embedding, gradient": lambda: backward(rotation(), heads(8, 32, 256, 64)[0]),
     "attention, 65 tokens": lambda: forward(F.scaled_dot_product_attention, *heads(64, 12, 65, 64)),
     "attention, 65 tokens, gradient": lambda: backward(F.scaled_dot_product_attention, *heads(64, 12, 65, 64)),
     "attention, 256 tokens": lambda: forward(F.scaled_dot_product_attention, *heads(4, 16, 256, 128)),

@@ -1,4 +1,4 @@
-// Activations y = x · s(x) with s a smooth step, and their gradients. 
+// Activations y = x · s(x) with s a smooth step, alone and times another operand (SwiGLU, GeGLU), and their gradients.
 #pragma once
 
 #include "layers_types.h"
@@ -76,6 +76,10 @@ inline Step step<Activation::gelu_tanh>(Vector x) {
     return {s.value, s.slope * two_k * (square * (3 * cubic) + 1.f)};
 }
 
+inline bool aligned_alike(const float *a, const float *b) {
+    return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % (kLanes * sizeof(float)) == 0;
+}
+
 constexpr int64_t kCached = 1 << 18;  // more than so many elements go past the caches
 
 template <bool streaming>
@@ -149,6 +153,45 @@ inline void activation(Activation kind, const float *x, const float *g, float *o
         case Activation::gelu: return activation_as<Activation::gelu>(x, g, out, size);
         case Activation::gelu_tanh: return activation_as<Activation::gelu_tanh>(x, g, out, size);
         case Activation::silu: return activation_as<Activation::silu>(x, g, out, size);
+    }
+}
+
+template <Activation kind, bool streaming>
+void gate_as(const float *x, const float *up, float *y, int64_t size) {
+    for_vectors(y, size, [=](int64_t i, int64_t n) __attribute__((always_inline)) {
+        const Vector v = load_first(x + i, n);
+        put_first<streaming>(y + i, v * step<kind>(v).value * load_first(up + i, n), n);
+    });
+}
+
+template <Activation kind, bool streaming>
+void gate_gradient_as(const float *x, const float *up, const float *g, float *dx, float *dup, int64_t size) {
+    for_vectors(dx, size, [=](int64_t i, int64_t n) __attribute__((always_inline)) {
+        const Vector v = load_first(x + i, n), gradient = load_first(g + i, n);
+        const Step s = step<kind>(v);
+        put_first<streaming>(dx + i, gradient * load_first(up + i, n) * (v * s.slope + s.value), n);
+        put_first<streaming>(dup + i, gradient * (v * s.value), n);
+    });
+}
+
+template <Activation kind>
+void gated_as(const float *x, const float *up, const float *g, float *out, float *dup, int64_t size) {
+    const bool streaming = size > kCached && (g == nullptr || aligned_alike(out, dup));
+    if (g == nullptr)
+        streaming ? gate_as<kind, true>(x, up, out, size) : gate_as<kind, false>(x, up, out, size);
+    else
+        streaming ? gate_gradient_as<kind, true>(x, up, g, out, dup, size)
+                  : gate_gradient_as<kind, false>(x, up, g, out, dup, size);
+    fence();
+}
+
+// x · s(x) · up; `out` is that where `g` is null, else dx.
+inline void gated(Activation kind, const float *x, const float *up, const float *g, float *out, float *dup,
+                  int64_t size) {
+    switch (kind) {
+        case Activation::gelu: return gated_as<Activation::gelu>(x, up, g, out, dup, size);
+        case Activation::gelu_tanh: return gated_as<Activation::gelu_tanh>(x, up, g, out, dup, size);
+        case Activation::silu: return gated_as<Activation::silu>(x, up, g, out, dup, size);
     }
 }
 

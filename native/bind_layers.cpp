@@ -9,6 +9,9 @@ using tempo::Heads;
 using Flat = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using FlatOut = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using Operand = nb::ndarray<float, nb::ndim<4>, nb::device::cpu>;  // (samples, heads, tokens, features)
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using MatrixOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Angles = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;  // (samples, tokens, features)
 using Rows = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 Activation named(const std::string &name) {
@@ -25,6 +28,31 @@ void activation(const std::string &name, const Flat &x, const std::optional<Flat
     tempo::active->activation(kind, x.data(), g ? g->data() : nullptr, out.data(), int64_t(x.size()));
 }
 
+// Of gated activations; `dup` comes with `g`.
+void gated(const std::string &name, const Flat &x, const Flat &up, const std::optional<Flat> &g, FlatOut &out,
+           std::optional<FlatOut> dup) {
+    const Activation kind = named(name);
+    const size_t size = x.size();
+    require(g.has_value() == dup.has_value(), "there is a gradient of up where there is one to take it from");
+    require(up.size() == size && out.size() == size && (!g || (g->size() == size && dup->size() == size)),
+            "operands have to be of one size");
+    nb::gil_scoped_release released;
+    tempo::active->gated(kind, x.data(), up.data(), g ? g->data() : nullptr, out.data(), dup ? dup->data() : nullptr,
+                         int64_t(size));
+}
+
+void rms_norm(const Matrix &x, const Flat &weight, const std::optional<Matrix> &g, const MatrixOut &out,
+              const FlatOut &inverse, float eps) {
+    require(x.shape(1) > 0 && weight.size() == x.shape(1), "there has to be one weight for each column");
+    require(out.shape(0) == x.shape(0) && out.shape(1) == x.shape(1), "operands have to be of one shape");
+    require(!g || (g->shape(0) == x.shape(0) && g->shape(1) == x.shape(1)), "operands have to be of one shape");
+    require(inverse.size() == x.shape(0), "there has to be one root mean square for each row");
+    const tempo::RmsNorm a{x.data(),   weight.data(),       g ? g->data() : nullptr, out.data(), inverse.data(),
+                           int64_t(x.shape(0)), int64_t(x.shape(1)), eps};
+    nb::gil_scoped_release released;
+    tempo::active->rms_norm(a);
+}
+
 Heads heads_of(const Operand &x, const Operand &like, size_t heads) {
     require(x.shape(0) == like.shape(0) && x.shape(1) == heads && x.shape(3) == like.shape(3),
             "operands have to have the same samples, heads and features");
@@ -33,6 +61,21 @@ Heads heads_of(const Operand &x, const Operand &like, size_t heads) {
 }
 
 Heads heads_of(const Operand &x, const Operand &like) { return heads_of(x, like, like.shape(1)); }
+
+void rotate(const Operand &x, const Angles &cos, const Angles &sin, const Operand &out, bool back) {
+    require(x.shape(3) % (2 * tempo::kWidths) == 0, "features have to be a multiple of 32");
+    require(out.shape(2) == x.shape(2), "operands have to have the same tokens");
+    for (const Angles *angles : {&cos, &sin})
+        require((angles->shape(0) == x.shape(0) || angles->shape(0) == 1) && angles->shape(0) == cos.shape(0) &&
+                    angles->shape(1) == x.shape(2) && angles->shape(2) == x.shape(3),
+                "there have to be a cosine and a sine for each token and feature");
+    tempo::Rotation a{};
+    a.samples = int64_t(x.shape(0)), a.heads = int64_t(x.shape(1)), a.tokens = int64_t(x.shape(2));
+    a.width = int64_t(x.shape(3)), a.x = heads_of(x, x), a.out = heads_of(out, x);
+    a.cos = cos.data(), a.sin = sin.data(), a.sample = cos.shape(0) == 1 ? 0 : a.tokens * a.width, a.back = back;
+    nb::gil_scoped_release released;
+    tempo::active->rotate(a);
+}
 
 Attention attention_of(const Operand &q, const Operand &k, const Operand &v, const Operand &out, const Rows &lse,
                        float scale, bool causal) {
@@ -79,6 +122,11 @@ void attention_gradient(const Operand &g, const Operand &q, const Operand &k, co
 
 void tempo::bind_layers(nb::module_ &m) {
     m.def("activation", &activation, nb::arg("name"), nb::arg("x"), nb::arg("g").none(), nb::arg("out"));
+    m.def("gated", &gated, nb::arg("name"), nb::arg("x"), nb::arg("up"), nb::arg("g").none(), nb::arg("out"),
+          nb::arg("dup").none());
+    m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("g").none(), nb::arg("out"),
+          nb::arg("inverse"), nb::arg("eps"));
+    m.def("rotate", &rotate);
     m.def("attention", &attention);
     m.def("attention_gradient", &attention_gradient);
 }

@@ -6,6 +6,8 @@
 #include "sums.h"
 #include "activation.h"
 #include "attention.h"
+#include "rms_norm.h"
+#include "rotation.h"
 #include "shares.h"
 
 #define TEMPO_STRING(x) #x
@@ -21,6 +23,9 @@ const Table &table() {
         .gaussians = gaussians,
         .orthogonal = orthogonal,
         .activation = activation,
+        .gated = gated,
+        .rms_norm = rms_norm,
+        .rotate = rotate,
         .attend = attend,
         .differentiate_attention = differentiate_attention,
         .sum_rows = sum_rows,

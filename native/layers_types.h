@@ -43,4 +43,22 @@ inline int64_t attention_floats(const Attention &a) {
     return 2 * kQueries * stride + 5 * tall * a.width;
 }
 
+// (rows, width), contiguous, each row over its root mean square. `out` is y where `g` is null, else dx.
+struct RmsNorm {
+    const float *x, *weight, *g;
+    float *out;
+    float *inverse;  // (rows): one over the root mean square, written with y and read for dx
+    int64_t rows, width;
+    float eps;
+};
+
+// Pairs of features (i, i + width / 2) turned by an angle each; features lie side by side.
+struct Rotation {
+    int64_t samples, heads, tokens, width;  // width: a multiple of 2 kWidths
+    Heads x, out;
+    const float *cos, *sin;  // (tokens, width) for each sample, or one for all
+    int64_t sample;          // from one sample's to the next, in elements
+    bool back;               // by its transpose: what gradients take
+};
+
 }  // namespace tempo

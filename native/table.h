@@ -16,6 +16,9 @@ struct Table {
     void (*gaussians)(double *numbers, int64_t half);
     void (*orthogonal)(const Haar &);
     void (*activation)(Activation kind, const float *x, const float *g, float *out, int64_t size);
+    void (*gated)(Activation kind, const float *x, const float *up, const float *g, float *out, float *dup, int64_t size);
+    void (*rms_norm)(const RmsNorm &);
+    void (*rotate)(const Rotation &);
     void (*attend)(const Attention &);
     void (*differentiate_attention)(const Attention &);
     void (*sum_rows)(const FieldRows &);

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tempo import kernels
-from tempo.trusted.kernels import native_for
+from tempo.trusted.kernels import differentiated, native_for
 
 _GELU: Final = {"none": "gelu", "tanh": "gelu_tanh"}
-_AT_ONCE: Final = 1 << 18
+AT_ONCE: Final = 1 << 18
 """Elements that are worth a thread."""
 
 
@@ -29,16 +29,11 @@ class _Activation(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         native = native_for(x, g)
         if torch.is_grad_enabled() or native is None:  # to be differentiated again, or hooks made something else of it
-            with torch.enable_grad():
-                return (
-                    *torch.autograd.grad(_by_torch(ctx.name, x), x, g, create_graph=torch.is_grad_enabled()),
-                    None,
-                    None,
-                )
+            return *differentiated(lambda x: by_torch(ctx.name, x), (x,), (True,), g), None, None
         dx = torch.empty_like(x)
         _run(native, ctx.name, x.contiguous(), g.contiguous(), dx)
         return dx, None, None
@@ -50,10 +45,11 @@ def _run(native: ModuleType, name: str, x: Tensor, g: Tensor | None, out: Tensor
     def part(first: int, last: int) -> None:
         native.activation(name, x[first:last], None if g is None else g[first:last], out[first:last])
 
-    kernels.in_parts(part, len(x), _AT_ONCE)
+    kernels.in_parts(part, len(x), AT_ONCE)
 
 
-def _by_torch(name: str, x: Tensor) -> Tensor:
+def by_torch(name: str, x: Tensor) -> Tensor:
+    """The activation ``name`` of ``x``: ``gelu``, ``gelu_tanh`` or ``silu``."""
     return F.silu(x) if name == "silu" else F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 

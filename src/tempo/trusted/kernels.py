@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -34,3 +35,22 @@ def native_for(*tensors: Tensor) -> ModuleType | None:
         ):
             return None
     return kernels.native()
+
+
+def differentiated(
+    function: Callable[..., Tensor], operands: Sequence[Tensor], needs: Sequence[bool], g: Tensor
+) -> list[Tensor | None]:
+    """Gradients of ``function`` by PyTorch for operands that ``needs`` says; can be differentiated if grad is on."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # As if they did not depend on each other.
+        operands = [t.view_as(t) for t in operands]
+        needed = [t for t, need in zip(operands, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(function(*operands), needed, g, create_graph=again))
+    return [next(found) if need else None for need in needs]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to be told when ``module`` is called."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(map(bool, hooks))

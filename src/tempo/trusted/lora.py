@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tempo.layers.base import Protected
+from tempo.trusted.kernels import hooked
 
 
 class FusedLora(Protected):
@@ -39,7 +40,6 @@ def _alone(layer: Any, x: Tensor) -> str | None:
     a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     dtypes = {x.dtype, a.weight.dtype, b.weight.dtype, layer.get_base_layer().weight.dtype}
     drops = dropout.training and not isinstance(dropout, nn.Identity)
-    watched = b._forward_hooks or b._forward_pre_hooks or b._backward_hooks or b._backward_pre_hooks
-    if len(dtypes) > 1 or drops or watched or b.bias is not None or name in layer.lora_variant:
+    if len(dtypes) > 1 or drops or hooked(b) or b.bias is not None or name in layer.lora_variant:
         return None
     return str(name)
