@@ -53,4 +53,4 @@ def differentiated(
 def hooked(module: nn.Module) -> bool:
     """Whether somebody wants to be told when ``module`` is called."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(map(bool, hooks))
+    return any(map(bool, hooks)) or nn.modules.module._has_any_global_hook()
