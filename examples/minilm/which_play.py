@@ -71,7 +71,9 @@ def main() -> None:
         print(f"kept apart: loss {loss:.3f}, accuracy {accuracy:.1%}; the same answer always: {1 / len(PLAYS):.1%}")
         model.save_pretrained(arguments.out)
         if not arguments.plain:
-            print(session.summary())
+            summary = session.summary()
+            print(f"{summary.offloaded_share:.1%} of the linear layers' FLOPs went to {'; '.join(summary.workers)}")
+            print(summary.colluding)
 
 
 def speeches(text: Path) -> tuple[Rows, Rows]:
