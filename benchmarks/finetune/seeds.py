@@ -1,8 +1,9 @@
 """Whether LoRA under scheme `split` learns what plain LoRA learns: MiniLM on speeches, paired over seeds.
 
-Trains what `examples/minilm` trains: without Tempo on the float32 base, on the base rounded to integers of 12 and of 8
-bits, and under `split`, which rounds to 12. Those of one seed start from the same adapters and see the same
-speeches in the same order under the same dropout. The control is the base of 12 bits again, with two threads.
+Trains what `examples/minilm` trains: without Tempo on the float32 base and on the base rounded to integers of 12 and of
+8 bits, and under `split`, which rounds it so itself. Runs of one seed start from the same adapters and see the same
+speeches in the same order under the same dropout. The controls are the base of 12 bits again: with two threads, and in
+float64, which shows how far float32's own rounding moves a run.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/finetune/seeds.py [FILE.json] [SEEDS]
 """
@@ -14,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,16 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "minilm"))
 import which_play as example
 
 EPOCHS = 1
-SPLIT, ROUNDED, CONTROL, COARSE, FLOAT = "split", "12 bits", "12 bits, two threads", "8 bits", "float32"
-PAIRS = ((SPLIT, ROUNDED), (CONTROL, ROUNDED), (SPLIT, FLOAT), (ROUNDED, FLOAT), (COARSE, FLOAT))
+PAIRS = (
+    ("split, 12 bits", "plain, 12 bits"),
+    ("split, 8 bits", "plain, 8 bits"),
+    ("plain, 12 bits, two threads", "plain, 12 bits"),
+    ("plain, 12 bits, float64", "plain, 12 bits"),
+    ("split, 12 bits", "plain, float32"),
+    ("split, 8 bits", "plain, float32"),
+    ("plain, 12 bits", "plain, float32"),
+    ("plain, 8 bits", "plain, float32"),
+)
 RELATIVE, FLOOR = 1e-4, 1e-6
 """The rule for same numbers: how far the losses of one step may be apart."""
 
@@ -62,21 +72,28 @@ def run(model: PeftModel, rows: Sequence[example.Rows], seed: int, threads: int 
     return {"losses": losses, "loss": loss, "accuracy": accuracy}
 
 
-def compare(session: Session, rows: Sequence[example.Rows], seed: int) -> dict[str, Run]:
-    """Every kind of run from one start."""
-    start = example.adapted(seed)
+def shared(session: Session, model: PeftModel, rows: Sequence[example.Rows], seed: int) -> Run:
+    """The same under scheme `split`; with ``share_offloaded``, of the FLOPs of linear layers."""
     before = session.stats()
-    protected = session.protect(copy.deepcopy(start))
-    found = {SPLIT: run(protected, rows, seed)}
+    found = run(session.protect(model), rows, seed)
     used = session.stats() - before
+    session.unprotect(model)
     if not used.flops_offloaded:
         raise RuntimeError("nothing went to workers: the comparison would be of plain PyTorch with itself")
-    found[SPLIT]["share_offloaded"] = used.flops_offloaded / (used.flops_offloaded + used.flops_trusted)
-    session.unprotect(protected)
-    found[ROUNDED] = run(rounded(start, session.settings.split_weight_bits), rows, seed)
-    found[CONTROL] = run(rounded(start, session.settings.split_weight_bits), rows, seed, threads=2)
-    found[COARSE] = run(rounded(start, 8), rows, seed)
-    found[FLOAT] = run(start, rows, seed)
+    return {**found, "share_offloaded": used.flops_offloaded / (used.flops_offloaded + used.flops_trusted)}
+
+
+def compare(sessions: Sequence[Session], rows: Sequence[example.Rows], seed: int) -> dict[str, Run]:
+    """Every kind of run from one start."""
+    start = example.adapted(seed)
+    found = {}
+    for session in sessions:
+        bits = session.settings.split_weight_bits
+        found[f"split, {bits} bits"] = shared(session, copy.deepcopy(start), rows, seed)
+        found[f"plain, {bits} bits"] = run(rounded(start, bits), rows, seed)
+    found["plain, 12 bits, two threads"] = run(rounded(start, 12), rows, seed, threads=2)
+    found["plain, 12 bits, float64"] = run(rounded(start, 12).double(), rows, seed)
+    found["plain, float32"] = run(start, rows, seed)
     return found
 
 
@@ -136,12 +153,16 @@ def main(target: Path | None, seeds: int) -> None:
         "classes": len(example.PLAYS),
         "tokens": example.TOKENS,
         "batch": example.BATCH,
+        "rank": example.RANK,
+        "rate": example.RATE,
         "epochs": EPOCHS,
     }
     runs: list[dict[str, Run]] = []
-    with tempo.connect(scheme="split", base="public", placement="all", local_threads=1) as session:
+    with ExitStack() as stack:
+        settings = {"scheme": "split", "base": "public", "placement": "all", "local_threads": 1}
+        sessions = [stack.enter_context(tempo.connect(**settings, split_weight_bits=bits)) for bits in (12, 8)]
         for seed in range(seeds):
-            runs.append(compare(session, rows, seed))
+            runs.append(compare(sessions, rows, seed))
             show(runs)
             if target is not None:
                 pairs = [paired(runs, *pair) for pair in PAIRS]

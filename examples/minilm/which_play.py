@@ -36,7 +36,7 @@ TRAINING, HELD_OUT = 80, 40
 WORDS, TOKENS = 10, 24
 """A speech, headed by its speaker, has so many words at least, and is cut after so many tokens."""
 
-BATCH = 8
+BATCH, RANK, RATE = 8, 8, 2e-3
 
 Rows = dict[str, Tensor]
 """``input_ids``, ``attention_mask`` (N, TOKENS) and ``labels`` (N,), int64."""
@@ -47,7 +47,7 @@ def main() -> None:
     folder = Path(os.environ.get("TEMPO_DATA", "."))
     parser.add_argument("--text", type=Path, default=folder / "text" / "tinyshakespeare.txt")
     parser.add_argument("--out", type=Path, default=Path("runs/minilm"))
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", nargs="*", default=[])
     parser.add_argument("--plain", action="store_true")
@@ -72,7 +72,11 @@ def main() -> None:
         model.save_pretrained(arguments.out)
         if not arguments.plain:
             summary = session.summary()
-            print(f"{summary.offloaded_share:.1%} of the linear layers' FLOPs went to {'; '.join(summary.workers)}")
+            print(
+                f"{summary.offloaded_share:.1%} of the linear layers' forward FLOPs went to",
+                *summary.workers,
+                sep="\n  ",
+            )
             print(summary.colluding)
 
 
@@ -107,11 +111,11 @@ def base() -> Path:
     return Path(package.origin).parent / "model"
 
 
-def adapted(seed: int, rank: int = 8) -> PeftModel:
+def adapted(seed: int) -> PeftModel:
     """MiniLM with adapters on all linear layers and a new classifier, drawn by ``seed``."""
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(base(), num_labels=len(PLAYS), use_safetensors=True)
-    config = LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    config = LoraConfig(task_type="SEQ_CLS", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
     return get_peft_model(model, config)
 
 
@@ -119,7 +123,7 @@ def train(model: nn.Module, rows: Rows, seed: int, epochs: int) -> list[float]:
     """A plain loop: it knows nothing of Tempo. Returns the loss of each step."""
     torch.manual_seed(seed)  # of the order and of dropout
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE)
     steps = epochs * (len(rows["labels"]) // BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     losses = []

@@ -57,6 +57,6 @@ def test_minilm_is_adapted_by_workers_and_stored(tmp_path: Path, monkeypatch: py
     runpy.run_path(str(MINILM), run_name="__main__")
     said = capsys.readouterr().out
     assert "320 speeches to train on, 160 kept apart" in said
-    assert float(said.partition("% of the linear layers' FLOPs went to")[0].split()[-1]) > 50
+    assert float(said.partition("% of the linear layers' forward FLOPs went to")[0].split()[-1]) > 50
     base = hf.AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=4)
     assert PeftModel.from_pretrained(base, tmp_path / "out").active_adapter == "default"
