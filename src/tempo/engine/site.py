@@ -218,6 +218,12 @@ class Site:
             return self.engine.public.why_not(weight)
         return None
 
+    def computed(self, rows: int, weight: Tensor) -> None:
+        """Account for a call on so many rows that was computed here, together with something else."""
+        cost = flops(Linear(), (rows, weight.shape[1]), tuple(weight.shape))
+        self.usage.trusted += cost
+        self.engine.stats.flops_trusted += cost
+
     def stays(self, x: Tensor, weight: Tensor) -> bool:
         """Whether this call is like one that stayed here for good: a short cut, since layers may be tiny."""
         if self._alike is None or x.is_nested or self._alike[0] != _likeness(x, weight) or residence_of(weight):

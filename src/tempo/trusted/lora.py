@@ -27,7 +27,10 @@ class FusedLora(Protected):
             return result
         layer: Any = self
         base, low = layer.base_layer(x), layer.lora_A[adapter](x)
-        b = layer.lora_B[adapter].weight * layer.scaling[adapter]
+        up: Any = layer.lora_B[adapter]
+        if hasattr(up, "_tempo"):
+            up._tempo.computed(low.numel() // low.shape[-1], up.weight)
+        b = up.weight * layer.scaling[adapter]
         if _ours(layer.base_layer) and native_for(base, low, b) is not None:
             y: Tensor = _Added.apply(base, low, b)
             return y
