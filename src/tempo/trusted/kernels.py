@@ -15,10 +15,11 @@ from tempo import kernels
 def native_for(*tensors: Tensor) -> ModuleType | None:
     """The native kernels if they can take ``tensors``: float32, dense and on the CPU; None: leave it to PyTorch.
 
-    Whoever watches PyTorch's operators (a trace, `torch.func`, a dispatch mode, autocast) sees PyTorch's.
+    Whoever watches PyTorch's operators (a compiler, a trace, `torch.func`, a dispatch mode, autocast) sees PyTorch's.
     """
     if (
-        torch._C._get_tracing_state() is not None
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
