@@ -214,6 +214,8 @@ KERNELS: dict[str, Callable[[], Case]] = {
     "attention, 256 tokens, gradient": lambda: backward(F.scaled_dot_product_attention, *heads(4, 16, 256, 128)),
     "causal attention of groups, 256 tokens": lambda: forward(causal, *grouped(4, 32, 8, 256, 64)),
     "causal attention of groups, 256 tokens, gradient": lambda: backward(causal, *grouped(4, 32, 8, 256, 64)),
+    "causal attention of groups, 2048 tokens": lambda: forward(causal, *grouped(1, 16, 4, 2048, 64)),
+    "causal attention of groups, 2048 tokens, gradient": lambda: backward(causal, *grouped(1, 16, 4, 2048, 64)),
     "attention, 512 tokens": lambda: forward(F.scaled_dot_product_attention, *heads(2, 12, 512, 64)),
     "attention, 512 tokens, gradient": lambda: backward(F.scaled_dot_product_attention, *heads(2, 12, 512, 64)),
 }

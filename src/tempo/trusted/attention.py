@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from tempo import kernels
 from tempo.trusted.kernels import native_for
 
-_LONGEST: Final = 512
-"""Keys; beyond, PyTorch's own kernel is as fast (benchmarks/kernels.py)."""
+_LONGEST: Final = {False: 512, True: 2048}
+"""Keys, by whether attention is causal; beyond, PyTorch's own kernel is as fast, or was not measured."""
 _WIDTHS: Final = 16
 """Features per head come in multiples of it."""
 
@@ -73,7 +73,7 @@ def attention(
         or (query.shape[1] % key.shape[1] if enable_gqa else query.shape[1] != key.shape[1])
         or query.shape[3] != key.shape[3]
         or query.shape[3] % _WIDTHS
-        or key.shape[2] > _LONGEST
+        or key.shape[2] > _LONGEST[bool(is_causal)]
         or any(t.stride(3) != 1 for t in (query, key, value))
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     ):
