@@ -164,9 +164,9 @@ class Session:
         elsewhere = next((f"{n} is on {p.device}" for n, p in model.named_parameters() if p.device.type != "cpu"), None)
         if elsewhere is not None:
             raise SettingsError(f"protect(): {elsewhere}; the trusted side runs on the CPU: call model.cpu() first")
-        found = origin(model, base or self.settings.base)
-        scheme = self._scheme_for(found)
         said = base or self.settings.base
+        found = origin(model, said)
+        scheme = self._scheme_for(found)
         if scheme.traits.public_weights and said == "secret":
             raise SettingsError(
                 f"protect(): scheme {scheme.name!r} sends frozen weights as they are: choose one that hides weights "

@@ -54,24 +54,21 @@ class Summary:
         self.models = list(models)
         shared = [m.scheme for m in models if m.scheme.traits.exact]
         present = engine.crew.present
+        parts = {
+            number: "a share of every row" if shared else f"{engine.crew.share(number):.0%} of the rows"
+            for number in present
+        }
         self.workers = [
-            f"{link.address} ({link.welcome.device}), "
-            + (
-                "which left"
-                if number not in present
-                else "a share of every row"
-                if shared
-                else f"{engine.crew.share(number):.0%} of the rows"
-            )
+            f"{link.address} ({link.welcome.device}), {parts.get(number, 'which left')}"
             for number, link in enumerate(engine.links)
         ]
         operators = list(dict.fromkeys(engine.links[number].address.operator for number in present))
-        least = max((scheme.traits.min_workers for scheme in shared), default=0)
-        self.colluding = (
-            f"any {least} of the operators {', '.join(operators)} would have to put together what they see"
-            if shared
-            else ""
-        )
+        self.colluding = ""
+        if shared:
+            least = max(scheme.traits.min_workers for scheme in shared)
+            self.colluding = (
+                f"any {least} of the operators {', '.join(operators)} would have to put together what they see"
+            )
         self.lines = [_line(layer, layer.site) for layer in layers if layer.site is not None]
         self.unsupported = [f"{layer.name} ({type(layer.module).__name__})" for layer in layers if layer.site is None]
 

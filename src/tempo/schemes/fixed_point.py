@@ -49,7 +49,7 @@ def share_rows(
     Returns:
         Steps (T, 1), float32; and ``x_q v mod p``, int64 (T, k), if there are vectors.
     """
-    omega = max(omega, 1.0)  # zero where the weight is
+    omega = max(omega, 1.0)  # zero where the weight is: rows are integers all the same
     ratio = omega / (HALF - omega * sqrt(x.shape[1]) / 2) * _ROUNDING
     native = kernels.native()
     if native and native.shares() and out.is_contiguous() and _in_reach([x]):

@@ -134,8 +134,8 @@ class PublicWeight(EncodedWeight):
         m, d = w_q.shape
         norms = w_q.double().square_()
         r, v = (_residues(key, name, (VECTORS, size)) for name, size in (("r", m), ("v", d)))
-        self.forward = Side(_largest(norms.sum(1)), _times(w_q.t(), r), r)
-        self.backward = Side(_largest(norms.sum(0)), _times(w_q, v), v)
+        self.forward = Side(float(norms.sum(1).max().sqrt()), _times(w_q.t(), r), r)
+        self.backward = Side(float(norms.sum(0).max().sqrt()), _times(w_q, v), v)
 
     def encode_input(self, x: Tensor, key: Key, targets: Sequence[Target], empty: Empty, w: Recall) -> EncodedInput:
         """Shares of ``X``; what is left of it goes to the last worker."""
@@ -262,11 +262,6 @@ class SharedGradient(EncodedGradient):
     def decode_weight_gradient(self, replies: dict[int, Reply], sizes: Sequence[int]) -> list[Tensor]:
         """There is none."""
         raise SchemeError("scheme 'split' has no gradients of weights: its weights are frozen")
-
-
-def _largest(squares: Tensor) -> float:
-    """At least 1: rows that meet nothing but zeros are integers all the same."""
-    return float(squares.max().sqrt().clamp_(min=1.0))
 
 
 def _residues(key: Key, name: str, shape: tuple[int, int]) -> Tensor:
