@@ -208,6 +208,19 @@ def test_workers_that_are_lost_cost_nothing(
     assert losses(tmp_path / "out") == losses(tmp_path / "straight")
 
 
+def test_less_memory_by_parts_of_a_batch_and_checkpointing_takes_the_same_steps(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    straight = (base, data, *TRAINING, "--validation", "0")
+    assert run(*straight, "--plain", "--out", tmp_path / "straight").exit_code == 0
+    sparing = ("--accumulation", "3", "--set", "model.gradient_checkpointing=true")  # parts of 2 and 2
+    assert run(*straight, *sparing, "--plain", "--out", tmp_path / "plain").exit_code == 0
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)
+    protected = run(*straight, *sparing, "--set", "session.placement=all", "--out", tmp_path / "out")
+    assert protected.exit_code == 0, protected.output
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "straight"), rel=5e-3)
+
+
 def test_it_stops_when_the_loss_rises_and_stores_the_best(base: Path, data: Path, tmp_path: Path) -> None:
     options = ("--steps", "60", "--evaluate-every", "4", "--stop-after", "2", "--lr", "0.3", "--batch-size", "4")
     result = run(base, data, *options, "--plain", "--out", tmp_path / "out", "--validation", "0.4")

@@ -40,6 +40,9 @@ def finetune(
     epochs: Annotated[int | None, _option("run.epochs", "Times through the data.")] = None,
     steps: Annotated[int | None, _option("run.steps", "Steps, instead of epochs.", "the epochs'")] = None,
     batch_size: Annotated[int | None, _option("data.batch_size", "Sequences per step.")] = None,
+    accumulation: Annotated[
+        int | None, _option("data.accumulation", "Parts in which a batch is computed, to save memory.")
+    ] = None,
     length: Annotated[int | None, _option("data.length", "Tokens of a sequence, at most.")] = None,
     validation: Annotated[float | None, _option("data.validation", "Share of the lines to measure on.")] = None,
     evaluate_every: Annotated[
@@ -72,6 +75,7 @@ def finetune(
         "run.epochs": epochs,
         "run.steps": steps,
         "data.batch_size": batch_size,
+        "data.accumulation": accumulation,
         "data.length": length,
         "data.validation": validation,
         "run.evaluate_every": evaluate_every,

@@ -87,9 +87,12 @@ def load_model(model: Model) -> Any:
         with warnings.catch_warnings():
             # A PEFT that does not know the latest names of transformers: nothing that a user can do about.
             warnings.simplefilter("ignore", FutureWarning)
-            return peft.get_peft_model(base, config)
+            adapted = peft.get_peft_model(base, config)
     except ValueError as error:
         raise SettingsError(f"{model.base}: cannot put an adapter on it: {_first_line(error)}") from None
+    if model.gradient_checkpointing:
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    return adapted
 
 
 def most_tokens(model: Any) -> int:

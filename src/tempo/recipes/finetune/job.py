@@ -163,7 +163,8 @@ _PROGRESS = ("step", "elapsed", "evaluated", "best_loss", "best_step", "worse")
 
 def score(model: nn.Module, rows: dict[str, Tensor]) -> tuple[Tensor, int, int]:
     """Sum of the losses over tokens that are learned, how many are foretold right, and how many there are."""
-    logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1]
+    read = {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"], "use_cache": False}
+    logits = model(**read).logits[:, :-1]
     labels = rows["labels"][:, 1:]
     learned = labels != IGNORED
     logits, labels = logits[learned].float(), labels[learned]
@@ -179,19 +180,22 @@ def one_step(job: Job, began: float) -> Step:
         began: When it did, by `time.perf_counter`.
 
     Raises:
-        NonFiniteError: The loss is NaN or infinite; nothing was changed but generators.
+        NonFiniteError: The loss is NaN or infinite; nothing was changed but generators and gradients.
     """
     watch = Stopwatch(job.session)
     rate = float(job.scheduler.get_last_lr()[0])
     chosen = [job.examples.train[number] for number in job.order.batch().tolist()]
     job.model.train()
-    loss, right, count = score(job.model, job.rows(chosen))
-    loss = loss / count
-    value = loss.item()
-    if not math.isfinite(value):
-        raise NonFiniteError(f"the loss became {value} at step {job.step + 1}: lower --lr")
+    count = sum(example.learned for example in chosen)
+    value, right = 0.0, 0
     job.optimizer.zero_grad()
-    loss.backward()
+    for part in _parts(chosen, job.tuning.data.accumulation):
+        loss, more, _ = score(job.model, job.rows(part))
+        loss = loss / count
+        value, right = value + loss.item(), right + more
+        if not math.isfinite(value):
+            raise NonFiniteError(f"the loss became {value} at step {job.step + 1}: lower --lr")
+        loss.backward()
     if job.tuning.run.clip_norm:
         torch.nn.utils.clip_grad_norm_(job.model.parameters(), job.tuning.run.clip_norm)
     job.optimizer.step()
@@ -200,6 +204,12 @@ def one_step(job: Job, began: float) -> Step:
     job.step += 1
     seconds, sent, received = watch.split()
     return Step(job.step, value, right / count, rate, time.perf_counter() - began, seconds, sent, received)
+
+
+def _parts(chosen: Sequence[Example], count: int) -> list[Sequence[Example]]:
+    """At most ``count`` of nearly one size, none of them empty."""
+    size = -(-len(chosen) // count)
+    return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
 
 def evaluate(job: Job, stop: Callable[[], bool]) -> tuple[float, float]:

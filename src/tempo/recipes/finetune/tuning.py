@@ -42,6 +42,9 @@ class Model(Table, frozen=True):
     dora: bool = False
     """Weight-decomposed adapters (DoRA)."""
 
+    gradient_checkpointing: bool = False
+    """Compute each block again on the way back, instead of keeping what is in it: less memory, more work."""
+
 
 class Data(Table, frozen=True):
     """The ``[data]`` table."""
@@ -53,6 +56,9 @@ class Data(Table, frozen=True):
     """Share of the lines that is kept apart, to measure on; 0: none."""
 
     batch_size: Count = 8
+    accumulation: Count = 1
+    """Parts in which a batch is computed, one after the other: less memory, the same step."""
+
     length: Annotated[int, Meta(ge=2)] = 512
     """Tokens of a sequence, at most: longer ones are cut; plain text is laid end to end and cut into such pieces."""
 
