@@ -57,6 +57,7 @@ def connect(*workers: str, settings: Settings | None = None, **fields: Any) -> S
     Raises:
         SettingsError: A setting or an address is wrong.
         SchemeError: The scheme does not work with these workers.
+        IdentityError: There is no key pair, or a worker showed a certificate that is not one of its operator's.
         WorkerUnreachableError, WorkerRefusedError: A worker cannot be used; names it.
     """
     if settings is not None and fields:
@@ -128,6 +129,7 @@ class Session:
 
         Raises:
             SettingsError: The address is wrong.
+            IdentityError: It showed a certificate that is not one of its operator's.
             WorkerUnreachableError, WorkerRefusedError: It cannot be used, or its operator was found lying.
         """
         self._engine.check_open()

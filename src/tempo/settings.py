@@ -107,7 +107,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Private key file for TLS; empty: ``identity.key`` in Tempo's configuration folder."""
 
     peers: str = ""
-    """File or folder of trusted workers' certificates; empty: ``peers`` in Tempo's configuration folder."""
+    """File or folder of trusted workers' certificates; empty: ``peers`` in Tempo's configuration folder. Those in a
+    folder of an operator's name answer for that operator, and no others do."""
 
     connect_timeout: Seconds = 10.0
     """Seconds to wait for a worker to be reachable."""

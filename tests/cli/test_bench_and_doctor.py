@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tempo.bench.workloads import Workload, _vit
 from tempo.cli import app
 from tempo.errors import SettingsError
 from tempo.settings import Settings
+from tempo.worker.server import Options, Server
 
 
 def tiny(batch: int = 8) -> Workload:
@@ -129,6 +132,20 @@ def test_doctor_shows_a_worker_and_says_what_is_wrong_with_another(workers, tmp_
     assert "GFLOP/s" in result.output
     assert " ×" in result.output
     assert f"✗ {missing}: " in result.output
+
+
+def test_doctor_says_which_workers_nothing_binds_to_their_operators(workers):
+    with ExitStack() as stack:
+        server = Server(Options(insecure_no_tls=True, null=True))
+        address = f"{server.listen('127.0.0.1:0')}@two"
+        serving = threading.Thread(target=server.accept_forever)
+        serving.start()
+        stack.callback(serving.join)
+        stack.callback(server.close)
+        result = CliRunner().invoke(app, ["doctor", f"{workers[0]}@one", address, "--insecure-no-tls"])
+    assert result.exit_code == 0, result.output
+    assert f"scheme split would refuse {address}: without TLS" in result.output
+    assert "refuse unix" not in result.output
 
 
 def test_doctor_is_content_with_good_workers(workers):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +18,15 @@ from torch.utils.checkpoint import checkpoint
 
 import tempo
 from tempo.audit.transcript import read
-from tempo.errors import SchemeError, SettingsError, UnsafeError, WorkerLiedError, WorkerLostError, WorkerRefusedError
+from tempo.errors import (
+    IdentityError,
+    SchemeError,
+    SettingsError,
+    UnsafeError,
+    WorkerLiedError,
+    WorkerLostError,
+    WorkerRefusedError,
+)
 from tempo.schemes.fixed_point import share_rows
 from tempo.session import Session
 from tempo.wire import identity
@@ -280,27 +290,75 @@ def test_one_worker_is_too_few(connect):
         connect(1, **SPLIT)
 
 
-def test_one_key_pair_cannot_stand_in_for_two_operators(tmp_path):
-    """A worker that sits between here and another one could otherwise take its place, and have both shares."""
-    mine, pub, _ = identity.generate(tmp_path, "trusted")
-    keys = [identity.generate(tmp_path, name)[0] for name in ("a", "b")]
-    peers = tmp_path / "both"
-    peers.mkdir()
-    for name in ("a", "b"):
-        (peers / f"{name}.pub").write_bytes((tmp_path / f"{name}.pub").read_bytes())
-    settings = {"identity": str(mine), "peers": str(peers), **SPLIT}
+Listen = Callable[[str], str]
+
+
+@pytest.fixture
+def listen(tmp_path: Path) -> Iterator[Listen]:
+    """Start a worker over TLS that shows the certificate of that name, and return its address.
+
+    Certificates ``a``, ``b`` and ``c`` lie in ``peers`` of ``tmp_path``; `bind` says which operator's they are.
+    """
+    _, pub, _ = identity.generate(tmp_path, "trusted")
+    for name in "abc":
+        identity.generate(tmp_path, name)
+        shutil.copy(tmp_path / f"{name}.pub", tmp_path / "peers")
     with ExitStack() as stack:
-        addresses = []
-        for number, key in enumerate((keys[0], keys[0], keys[1])):
-            server = Server(Options(identity=key, peers=pub))
-            addresses.append(f"{server.listen('127.0.0.1:0')}@operator{number}")
+
+        def start(certificate: str) -> str:
+            server = Server(Options(identity=tmp_path / f"{certificate}.key", peers=pub))
+            address = server.listen("127.0.0.1:0")
             thread = threading.Thread(target=server.accept_forever)
             thread.start()
             stack.callback(thread.join)
             stack.callback(server.close)
-        with pytest.raises(SchemeError, match="showed the certificate that"):
-            tempo.connect(*addresses[:2], **settings)
-        session = stack.enter_context(tempo.connect(*addresses[1:], placement="all", divide_flops=1, **settings))
-        with pytest.raises(WorkerRefusedError, match="showed the certificate that"):
-            session.add_worker(addresses[0])
+            return address
+
+        yield start
+
+
+def bind(folder: Path, **operators: str) -> dict[str, str]:
+    """Put certificates, by the letters of their names, into operators' folders; settings to connect with."""
+    for operator, names in operators.items():
+        (folder / "peers" / operator).mkdir()
+        for name in names:
+            shutil.copy(folder / f"{name}.pub", folder / "peers" / operator)
+    keys = {"identity": str(folder / "trusted.key"), "peers": str(folder / "peers")}
+    return {"placement": "all", "divide_flops": 1} | keys
+
+
+def test_operators_are_who_their_folders_say(tmp_path, listen):
+    settings = bind(tmp_path, one="a", two="bc")
+    workers = [f"{listen('a')}@one", f"{listen('c')}@two"]
+    with tempo.connect(*workers, **settings, **SPLIT) as session:
         assert train(session.protect(Adapted())) == PLAIN
+
+
+def test_a_worker_cannot_stand_in_for_another_operator_s(tmp_path, listen):
+    """It would have both shares. Its certificate is trusted, but as another operator's: nothing is sent to it."""
+    settings = bind(tmp_path, one="ac", two="b")
+    impostor, honest = f"{listen('c')}@two", f"{listen('a')}@one"
+    for scheme in (SPLIT, {"scheme": "tempo"}):
+        with pytest.raises(IdentityError, match=rf"worker {impostor}: it showed a certificate of operator 'one'"):
+            tempo.connect(honest, impostor, **settings, **scheme)
+    with tempo.connect(honest, f"{listen('b')}@two", **settings, **SPLIT) as session:
+        assert train(session.protect(Adapted())) == PLAIN
+
+
+def test_an_operator_without_a_folder_is_refused_where_operators_must_differ(tmp_path, listen):
+    settings = bind(tmp_path, one="a", two="b")
+    one, two, three = f"{listen('a')}@one", f"{listen('b')}@two", f"{listen('c')}@three"
+    folder = tmp_path / "peers" / "three"
+    with pytest.raises(SchemeError, match=rf"worker {three}: nothing says .* make the folder {folder} and copy"):
+        tempo.connect(one, three, **settings, **SPLIT)
+    with tempo.connect(one, two, **settings, **SPLIT) as session:
+        with pytest.raises(WorkerRefusedError, match=rf"distinct operators; nothing says .*{folder}"):
+            session.add_worker(three)
+        bind(tmp_path, three="c")
+        session.add_worker(three)
+        assert train(session.protect(Adapted())) == PLAIN
+
+
+def test_without_operators_folders_other_schemes_work_as_ever(tmp_path, listen):
+    with tempo.connect(listen("a"), listen("b"), scheme="tempo", **bind(tmp_path)) as session:
+        assert train(session.protect(Adapted())) == pytest.approx(train(Adapted()), rel=1e-4)

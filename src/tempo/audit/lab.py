@@ -44,7 +44,7 @@ class _Worker:
 
     def __init__(self, number: int, operator: str, sequence: Callable[[], int]) -> None:
         self.address = Address(host="lab", port=number, operator=operator)
-        self.welcome, self.certificate = Welcome(PROTOCOL, "lab", "lab", 0), b""
+        self.welcome, self.unbound = Welcome(PROTOCOL, "lab", "lab", 0), ""
         self.index, self.last_id, self.bytes_sent, self.bytes_received, self.worker_nanoseconds = number, 0, 0, 0, 0
         self.records: list[Record] = []
         self._sequence = sequence

@@ -81,8 +81,11 @@ class Crew:
             given = f"needs {traits.min_workers} workers; {len(self.present)} given"
             raise SchemeError(f"scheme {scheme.name!r} {given}{instead}")
         for number in self.present:
-            if why := self._not_distinct(self.links[number]):
-                raise SchemeError(f"scheme {scheme.name!r} needs workers of distinct operators; {why}")
+            link = self.links[number]
+            if why := self._not_distinct(link):
+                raise SchemeError(
+                    f"scheme {scheme.name!r} needs workers of distinct operators; worker {link.address}: {why}"
+                )
 
     def targets(self, number: int, rows: int, whole: bool, operators: int = 1) -> list[Target]:
         """Which workers take part in a product, and with which share of its rows.
@@ -197,23 +200,14 @@ class Crew:
             log.warning("worker %s is back", link.address)
 
     def _not_distinct(self, link: Link) -> str:
-        """Why ``link`` may be of the same operator as another worker, where that must not be; empty if it is not.
-
-        A certificate is of one operator for the whole session: who has that key, and sits between here and another
-        worker, could otherwise stand in for it.
-        """
+        """Why ``link`` may be of the same operator as another worker, where that must not be; empty if it is not."""
         if not self._distinct:
             return ""
         operator = link.address.operator
         for number, other in enumerate(self.links):
             if number not in self._gone and other is not link and other.address.operator == operator:
                 return f"{other.address} is of {operator!r}, too: say whose they are, host:port@operator"
-            if link.certificate and link.certificate == other.certificate and other.address.operator != operator:
-                return (
-                    f"{other.address} showed the certificate that {link.address} shows: they are one, or one stands in "
-                    "for the other on the network. Each operator needs a key pair of its own (`tempo keygen`)"
-                )
-        return ""
+        return link.unbound
 
     def _enough(self, numbers: Sequence[int]) -> bool:
         """Whether the workers with these numbers are of as many operators as the schemes in use need."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 from tempo.errors import IdentityError, ProtocolError, WorkerRefusedError, WorkerUnreachableError
 from tempo.settings import Settings
@@ -13,19 +15,41 @@ from tempo.wire.sealed import leave_tls
 from tempo.wire.stream import SocketStream, Stream
 
 
-def dial(address: Address, settings: Settings) -> tuple[Stream, str]:
+@final
+@dataclass(frozen=True, slots=True)
+class Dialled:
+    """A connection.
+
+    Attributes:
+        stream: To whoever answered.
+        unbound: Why that may be a worker of another operator, and what to do; empty where it cannot.
+        hint: What is likely wrong if the worker hangs up before it said anything.
+    """
+
+    stream: Stream
+    unbound: str = ""
+    hint: str = ""
+
+
+def dial(address: Address, settings: Settings) -> Dialled:
     """Connect.
 
-    Returns:
-        The stream, and what is likely wrong if the worker hangs up before it said anything.
+    Raises:
+        WorkerUnreachableError: Nobody answers there.
+        WorkerRefusedError: It does not trust our certificate, or speaks another protocol.
+        IdentityError: We have no key pair, or its certificate is not one of its operator's.
     """
     timeout = settings.connect_timeout
     if address.path:
-        return SocketStream(_open(address, timeout), timeout), ""
+        return Dialled(SocketStream(_open(address, timeout), timeout))
     if settings.insecure_no_tls:
-        return SocketStream(_open(address, timeout), timeout), ": it may want TLS, so leave out insecure_no_tls"
-    key, peers = settings.identity, settings.peers
-    context = identity.load(Path(key) if key else None, Path(peers) if peers else None, server=False)
+        return Dialled(
+            SocketStream(_open(address, timeout), timeout),
+            unbound="without TLS anyone may answer there: leave out insecure_no_tls",
+            hint=": it may want TLS, so leave out insecure_no_tls",
+        )
+    key, peers, operator = settings.identity, settings.peers, address.operator
+    context = identity.load(Path(key) if key else None, Path(peers) if peers else None, server=False, operator=operator)
     sock = _open(address, timeout)
     try:
         tls = identity.connect(sock, context, timeout)
@@ -39,7 +63,7 @@ def dial(address: Address, settings: Settings) -> tuple[Stream, str]:
     finally:
         sock.close()  # nothing to close after success: the TLS socket took the descriptor over
     try:
-        return leave_tls(tls, server=False, timeout=timeout), ""
+        return Dialled(leave_tls(tls, server=False, timeout=timeout), unbound=context.peers.unbound(operator))
     except ProtocolError as error:
         raise WorkerRefusedError(f"worker {address}: {error}") from error
     except TimeoutError as error:

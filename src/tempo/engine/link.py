@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import tempo
-from tempo.engine.dial import dial
+from tempo.engine.dial import Dialled, dial
 from tempo.engine.measure import Measurement, measure
 from tempo.engine.trace import Exchange
 from tempo.errors import (
@@ -59,7 +59,7 @@ from tempo.wire.messages import (
     Welcome,
 )
 from tempo.wire.shared import Segments, SharedPool
-from tempo.wire.stream import SocketStream, Stream
+from tempo.wire.stream import SocketStream
 from tempo.wire.tensors import NAMES, PACKED, raw, size_of
 
 Shape: TypeAlias = tuple[int, ...]
@@ -101,7 +101,7 @@ class Link:
     Attributes:
         address: The worker's address.
         welcome: What the worker said of itself (version, device, memory); never trusted.
-        certificate: What the worker showed to be whom it is; empty without TLS.
+        unbound: Why the worker may be another operator's, and what to do; empty where it cannot.
         index: The worker's number in its session.
         last_id: The number of the last request.
         process: The worker's process, where this one started it; it ends with the link.
@@ -109,9 +109,10 @@ class Link:
         worker_nanoseconds: The compute time that the worker claims.
     """
 
-    def __init__(self, stream: Stream, address: Address, *, settings: Settings, session: str, hint: str = "") -> None:
+    def __init__(self, dialled: Dialled, address: Address, *, settings: Settings, session: str) -> None:
+        stream = dialled.stream
         self.address = address
-        self.certificate = stream.certificate
+        self.unbound = dialled.unbound
         self.index = 0
         self.last_id = 0
         self.process: subprocess.Popen[bytes] | None = None
@@ -126,7 +127,7 @@ class Link:
         self._forgotten: deque[tuple[str, int]] = deque()
         self._lost: WorkerError | None = None
         try:
-            self.welcome = self._greet(session, hint)
+            self.welcome = self._greet(session, dialled.hint)
         except BaseException:
             stream.close()
             raise
@@ -156,16 +157,15 @@ class Link:
         Raises:
             WorkerUnreachableError: Nobody answers there.
             WorkerRefusedError: It does not trust our certificate, or speaks another protocol.
-            IdentityError: We have no key pair, or do not trust its certificate.
+            IdentityError: We have no key pair, or its certificate is not one of its operator's.
         """
-        stream, hint = dial(address, settings)
-        return cls(stream, address, settings=settings, session=session, hint=hint)
+        return cls(dial(address, settings), address, settings=settings, session=session)
 
     @classmethod
     def adopt(cls, sock: socket.socket, address: Address, *, settings: Settings, session: str) -> Self:
         """Speak over a socket that is connected already: a local worker's."""
-        stream = SocketStream(sock, settings.connect_timeout)
-        return cls(stream, address, settings=settings, session=session)
+        dialled = Dialled(SocketStream(sock, settings.connect_timeout))
+        return cls(dialled, address, settings=settings, session=session)
 
     # --- what the engine calls ---
 

@@ -2,7 +2,7 @@
 
 ``NAME.key`` (PEM, PKCS #8, mode 0600) stays where it was made; ``NAME.pub`` (PEM certificate) is copied into the
 ``peers`` folder of whoever should trust it. There is no authority: a peer is trusted if its certificate, byte for
-byte, is one of those.
+byte, is one of those that `tempo.wire.peers` has for its operator.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import socket
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, final
+from typing import final
 
 from tempo.errors import IdentityError
-
-_PEM: Final = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+from tempo.wire import peers as trusted
+from tempo.wire.peers import Peers
 
 
 def home() -> Path:
@@ -86,27 +86,28 @@ def generate(folder: Path, name: str = "identity", *, force: bool = False) -> tu
 @final
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A TLS context, and exactly which certificates it trusts."""
+    """A TLS context, whom it trusts, and as which operator's machine."""
 
     tls: ssl.SSLContext
-    pinned: frozenset[bytes]
+    peers: Peers
+    operator: str
     pub: Path
-    peers: Path
 
 
-def load(key: Path | None, peers: Path | None, *, server: bool) -> Context:
+def load(key: Path | None, peers: Path | None, *, server: bool, operator: str = "") -> Context:
     """Read this side's key pair and the certificates of its peers.
 
     Args:
         key: Private key file, with its certificate beside it; None for the one in `home`.
-        peers: A certificate or a folder of ``*.pub`` files; None for ``peers`` in `home`.
+        peers: A certificate or a folder, see `tempo.wire.peers`; None for ``peers`` in `home`.
         server: For the worker's end of the connection.
+        operator: Whose machine is to be at the other end; no particular one's by default.
 
     Raises:
         IdentityError: Something is missing, unreadable, or readable by others.
     """
     key = key or home() / "identity.key"
-    pub, peers = key.with_suffix(".pub"), peers or home() / "peers"
+    pub = key.with_suffix(".pub")
     advice = f"run `tempo keygen {key.stem} --dir {key.parent}`"
     try:
         if key.stat().st_mode & 0o077:
@@ -123,45 +124,29 @@ def load(key: Path | None, peers: Path | None, *, server: bool) -> Context:
         raise IdentityError(f"there is no {missing}: {advice}") from error
     except (OSError, ValueError) as error:
         raise IdentityError(f"key pair {key}, {pub} cannot be used ({error}): {advice} --force") from error
-    pinned = _read_peers(peers, "trusted processes that may connect" if server else "workers to connect to")
-    context.load_verify_locations(cadata=b"".join(pinned))
-    return Context(context, frozenset(pinned), pub, peers)
-
-
-def _read_peers(peers: Path, who: str) -> list[bytes]:
-    try:
-        files = sorted(peers.glob("*.pub")) if peers.is_dir() else [peers]
-        texts = [(file, file.read_text(encoding="ascii")) for file in files]
-    except FileNotFoundError as error:
-        raise IdentityError(f"there is no {peers}: put the .pub files of the {who} there") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise IdentityError(f"peers in {peers} cannot be read: {error}") from error
-    pinned = []
-    for file, text in texts:
-        found = _PEM.findall(text)
-        if not found:
-            raise IdentityError(f"{file} holds no certificate: it should be a .pub file made by `tempo keygen`")
-        try:
-            pinned += [ssl.PEM_cert_to_DER_cert(pem) for pem in found]
-        except ValueError as error:
-            raise IdentityError(f"{file} is damaged: {error}") from error
-    if not pinned:
-        raise IdentityError(f"no .pub files in {peers}: put those of the {who} there")
-    return pinned
+    who = "trusted processes that may connect" if server else "workers to connect to"
+    known = trusted.read(peers or home() / "peers", who)
+    if not known.of(operator):
+        places = " or ".join(dict.fromkeys(map(str, (known.place(operator), known.path / operator))))
+        raise IdentityError(f"no .pub files in {places}: put those of the {who} there")
+    # A worker is judged after the handshake, all operators' certificates being known: so the error can say whose it is.
+    accepted = known.of("") if server else frozenset().union(*known.certificates.values())
+    context.load_verify_locations(cadata=b"".join(accepted))
+    return Context(context, known, operator, pub)
 
 
 def connect(sock: socket.socket, context: Context, timeout: float) -> ssl.SSLSocket:
     """The trusted side's handshake.
 
     Raises:
-        IdentityError: The worker's certificate is not one of the pinned.
+        IdentityError: The worker's certificate is not one of its operator's.
         OSError: The handshake failed otherwise.
     """
     sock.settimeout(timeout)
     try:
         tls = context.tls.wrap_socket(sock)
     except ssl.SSLCertVerificationError as error:
-        raise IdentityError(f"its certificate is not among {context.peers}: copy its .pub file there") from error
+        raise IdentityError(context.peers.mistaken(b"", context.operator)) from error
     return _check_pinned(tls, context)
 
 
@@ -178,7 +163,7 @@ def accept(sock: socket.socket, context: Context, timeout: float) -> ssl.SSLSock
         tls.do_handshake()
     except ssl.SSLCertVerificationError as error:
         _let_it_read_the_alert(tls)
-        raise IdentityError(f"certificate not among {context.peers}: copy the .pub file there to trust it") from error
+        raise IdentityError(context.peers.mistaken(b"", "")) from error
     except OSError:
         tls.close()
         raise
@@ -186,9 +171,9 @@ def accept(sock: socket.socket, context: Context, timeout: float) -> ssl.SSLSock
 
 
 def _check_pinned(tls: ssl.SSLSocket, context: Context) -> ssl.SSLSocket:
-    if tls.getpeercert(binary_form=True) not in context.pinned:
+    if why := context.peers.mistaken(tls.getpeercert(binary_form=True) or b"", context.operator):
         tls.close()
-        raise IdentityError(f"its certificate is not one of those in {context.peers}")
+        raise IdentityError(why)
     return tls
 
 

@@ -56,7 +56,6 @@ def leave_tls(tls: ssl.SSLSocket, *, server: bool, timeout: float | None = None)
         ProtocolError: The other end speaks another version.
         OSError: The other end closed, or broke TLS: it refused our certificate, most likely.
     """
-    certificate = tls.getpeercert(binary_form=True) or b""
     try:
         ours, theirs = AESGCM.generate_key(8 * _SECRET), b""
         if server:
@@ -75,9 +74,7 @@ def leave_tls(tls: ssl.SSLSocket, *, server: bool, timeout: float | None = None)
     )
     client, worker = Chain(both[:_SECRET]), Chain(both[_SECRET:])
     sealing, opening = (worker, client) if server else (client, worker)
-    stream = SealedStream(sock, sealing, opening, timeout)
-    stream.certificate = certificate
-    return stream
+    return SealedStream(sock, sealing, opening, timeout)
 
 
 def _receive_secret(tls: ssl.SSLSocket) -> bytes:

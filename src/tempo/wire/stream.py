@@ -24,7 +24,6 @@ class Stream(ABC):
     Attributes:
         descriptors: File descriptors that came, in order.
         received: Bytes that came out of the socket so far.
-        certificate: What the other end showed to be whom it is, DER; empty without TLS.
     """
 
     def __init__(self, sock: socket.socket, timeout: float | None) -> None:
@@ -33,7 +32,6 @@ class Stream(ABC):
         self._owner = os.getpid()
         self.descriptors: deque[int] = deque()
         self.received = 0
-        self.certificate = b""
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # notice a host that vanished

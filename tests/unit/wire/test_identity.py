@@ -50,7 +50,11 @@ def test_home_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(IdentityError, match=r"no \.pub files"):
         identity.load(None, None, server=False)
     (tmp_path / "home" / "peers" / "me.pub").write_bytes(pub.read_bytes())
-    assert len(identity.load(None, None, server=False).pinned) == 1
+    assert len(identity.load(None, None, server=False).peers.of("")) == 1
+    (tmp_path / "home" / "peers" / "two").mkdir()
+    assert identity.load(None, None, server=False, operator="one").operator == "one"
+    with pytest.raises(IdentityError, match=r"no \.pub files in \S*/peers/two: put"):
+        identity.load(None, None, server=False, operator="two")
 
 
 def test_what_cannot_be_used_is_explained(tmp_path: Path) -> None:
