@@ -141,13 +141,15 @@ def test_predict_says_which_input_it_cannot_read(trained: Path, tmp_path: Path, 
 
 
 def test_evaluate_and_predict_through_workers(trained: Path, tmp_path: Path, workers: list[str]) -> None:
-    address = ("--workers", workers[0], "--set", "session.placement=all", "--set", "session.scheme=tempo")
+    address = ("--set", "session.placement=all", "--set", "session.scheme=tempo", "--workers", *workers[:2])
     plain, protected = (json.loads(run("evaluate", trained, "--json", *how).stdout) for how in (["--plain"], address))
     assert protected["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     assert protected["accuracy"] == plain["accuracy"]
     np.save(tmp_path / "one.npy", np.zeros((8, 8), dtype=np.uint8))
-    arguments = ("predict", trained, tmp_path / "one.npy", "--json")
-    plain, protected = (json.loads(run(*arguments, *how).stdout) for how in (["--plain"], address))
+    plain, protected = (
+        json.loads(run("predict", trained, "--json", *how, tmp_path / "one.npy").stdout)
+        for how in (["--plain"], address)
+    )
     assert protected["all"] == pytest.approx(plain["all"], rel=1e-4)
 
 

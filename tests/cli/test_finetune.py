@@ -103,8 +103,8 @@ def liar(tmp_path: Path) -> Iterator[str]:
 def test_through_workers_one_of_which_lies_it_equals_plain_and_plain_peft_loads_it(
     base: Path, data: Path, tmp_path: Path, workers: list[str], liar: str
 ) -> None:
-    chosen = ("--workers", f"{workers[0]}@a,{liar}@liar,{workers[1]}@b", "--set", "session.placement=all")
-    result = run(base, data, *TRAINING, "--validation", "0.3", *chosen, "--out", tmp_path / "out")
+    chosen = ("--set", "session.placement=all", "--workers", f"{workers[0]}@a", f"{liar}@liar", f"{workers[1]}@b")
+    result = run(*TRAINING, "--validation", "0.3", "--out", tmp_path / "out", *chosen, base, data)
     assert result.exit_code == 0, result.output
     plain = run(base, data, *TRAINING, "--validation", "0.3", "--plain", "--out", tmp_path / "plain")
     assert plain.exit_code == 0, plain.output

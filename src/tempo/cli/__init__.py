@@ -42,6 +42,8 @@ class _Lazy(TyperGroup):
             return name, listed, rest
         single = typer.Typer(add_completion=False)
         single.command(name, help=COMMANDS[name])(getattr(import_module(f"tempo.cli.{name}"), name))
+        if "--workers" in rest:
+            rest = import_module("tempo.cli.options").spread(rest)
         return name, typer.main.get_command(single), rest
 
     def invoke(self, ctx: Any) -> Any:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
+from tempo.errors import AddressError
+from tempo.wire.address import Address
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -24,8 +27,9 @@ Workers = Annotated[
     list[str] | None,
     typer.Option(
         "--workers",
-        metavar="ADDRESS[,ADDRESS...]",
-        help="Workers as \\[group:]host:port\\[@operator]; local ones are started if none are given.",
+        metavar="ADDRESS...",
+        help="Workers as \\[group:]host:port\\[@operator], with spaces or commas between; local ones are started if "
+        "none are given.",
     ),
 ]
 Plain = Annotated[bool, typer.Option("--plain", help="Compute everything here, without protection, to compare.")]
@@ -40,6 +44,32 @@ def write_json(figures: Any, path: Path | None) -> None:
         typer.echo(text)
     elif path is not None:
         path.write_text(text + "\n")
+
+
+def spread(words: Sequence[str]) -> list[str]:
+    """A command's words, with ``--workers A B`` written as ``--workers A --workers B``.
+
+    Options take one value, so each address after the first, up to a word that is none, gets the option's name.
+    """
+    found: list[str] = []
+    naming = False
+    for position, word in enumerate(words):
+        if word == "--":
+            return [*found, *words[position:]]
+        named = found[-1:] == ["--workers"]
+        addresses = _are_addresses(word)
+        found += ["--workers", word] if naming and addresses and not named else [word]
+        naming = addresses and (naming or named)
+    return found
+
+
+def _are_addresses(word: str) -> bool:
+    try:
+        for text in filter(None, word.split(",")):
+            Address.parse(text)
+    except AddressError:
+        return False
+    return bool(word)
 
 
 def overrides(settings: list[str] | None, workers: list[str] | None) -> list[str]:
