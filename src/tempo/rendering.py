@@ -10,5 +10,5 @@ from rich.console import Console, RenderableType
 def plain_text(renderable: RenderableType, width: int = 120) -> str:
     """``renderable`` as lines of text without colours."""
     out = StringIO()
-    Console(file=out, width=width, color_system=None).print(renderable)
+    Console(file=out, width=width, color_system=None, force_jupyter=False).print(renderable)
     return out.getvalue().rstrip("\n")
