@@ -98,11 +98,19 @@ def test_under_split_adapters_beside_a_public_base_are_audited_at_each_operator(
     monkeypatch.setitem(rehearsal.LENGTHS, "quick", rehearsal.Lengths(4, 2, 3))
     file = tmp_path / "report.json"
     run("audit", "--run", recipe, "--scheme", "split", "--attack", "gram", "--json", file, "--no-controls")
-    (audited,) = contents.read(file).runs
-    assert audited.base == "public"
-    assert audited.drift is not None
-    assert audited.drift > 0
-    assert [finding.verdict for finding in audited.findings] == ["resisted", "resisted"]
+    runs = contents.read(file).runs
+    for audited in runs:
+        assert (audited.base, audited.scheme) == ("public", "split")
+        assert audited.drift is not None
+        assert audited.drift > 0
+        assert audited.offloaded is not None
+        assert audited.offloaded > 0.3
+    verdicts = {audited.attacker: [finding.verdict for finding in audited.findings] for audited in runs}
+    assert verdicts == {
+        "each operator": ["resisted", "resisted"],
+        "all operators together": ["broken"],
+        "a simulator": ["resisted"],
+    }
 
 
 def test_train_record_and_attack_in_one_go(recipe, tmp_path, monkeypatch):

@@ -139,7 +139,8 @@ class Rehearsal:
         Args:
             start: Where from; left as it is. Under schemes whose weights are public, adapters are trained beside it.
             settings: Scheme and the like.
-            workers: How many workers, each of an operator of its own; as many as the scheme needs, at least.
+            workers: How many workers, each of an operator of its own; under schemes that divide a product over
+                operators, as many as take part in one.
             preset_for: For which origin the scheme's preset is chosen; the true one by default.
         """
         self._report(f"recording {self.lengths.recorded} steps under {settings.scheme}")
@@ -151,7 +152,7 @@ class Rehearsal:
             model.load_state_dict(start.base)
             self._train(adapted(model), self._parts.private, self.lengths.warm)
             preset_for = "public"
-        workers = max(workers, traits.min_workers)
+        workers = traits.min_workers if traits.public_weights else max(workers, traits.min_workers)
         with lab.open_lab(workers, workers, settings=settings) as opened:
             opened.session.protect(model, base=preset_for or start.origin, trusted=settings.trusted)
             rate = 1.0 if start.base is None else FINE_TUNING

@@ -9,10 +9,25 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tempo.audit.report.contents import Attacker
 from tempo.audit.transcript import Call, Record, View
 from tempo.wire.messages import Residues
 from tempo.wire.residues import SEED_BYTES, expand, reduce_
 from tempo.worker.compute import TorchCompute
+
+
+def attackers(views: Sequence[View]) -> dict[Attacker, list[View]]:
+    """Who may attack what was recorded, and by which views: each operator; all of them, the control; and a simulator,
+    the floor.
+
+    Args:
+        views: Of workers that took part in every product.
+    """
+    return {
+        "each operator": list(views),
+        "all operators together": [together(views)],
+        "a simulator": [simulated(views[0])],
+    }
 
 
 def together(views: Sequence[View]) -> View:
@@ -29,7 +44,7 @@ def simulated(view: View) -> View:
     """A view of the same form, made without anything that was sent but public weights: what attacks reach on it is what
     they reach where there is nothing to find.
     """
-    return View("the simulator", [_anew(call) for call in view.calls])
+    return View("a simulator", [_anew(call) for call in view.calls])
 
 
 def _added(records: Sequence[Record]) -> Record:

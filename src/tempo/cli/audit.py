@@ -14,12 +14,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tempo.audit import auditing, rehearsal, transcript
+from tempo.audit import auditing, rehearsal, shares, transcript
 from tempo.audit.attack import Effort, Finding
 from tempo.audit.controls import running
 from tempo.audit.given import Given
-from tempo.audit.report import contents
-from tempo.audit.report.contents import Report, Run
+from tempo.audit.report import contents, levels
+from tempo.audit.report.contents import Attacker, Report, Run
+from tempo.audit.transcript import View
 from tempo.bench.measure import machine
 from tempo.cli.options import Overrides, overrides
 from tempo.errors import SettingsError
@@ -124,21 +125,25 @@ def _rehearse(
                 continue
             # Each scheme as it is, also where another preset would be chosen: what that one saves must be seen.
             done = whole.record(start, rehearsal.session_settings(recipe, scheme), workers, preset_for="secret")
-            findings = auditing.attack(done.views, done.knowledge, done.truth, attacks, effort, tell)
-            title = f"{recipe.model.__struct_config__.tag} on {recipe.data.source}"
-            runs.append(
-                Run(
-                    title=title,
-                    scheme=scheme,
-                    settings=contents.differing(rehearsal.session_settings(recipe, scheme)),
-                    base=origin,
-                    drift=done.drift,
-                    offloaded=done.offloaded,
-                    facts=sorted(done.knowledge.facts),
-                    findings=findings,
+            views: dict[Attacker, list[View]] = {"": done.views}
+            if rehearsal.publishes(recipe, scheme):
+                views = shares.attackers(done.views)
+            for attacker, seen in views.items():
+                findings = auditing.attack(seen, done.knowledge, done.truth, attacks, effort, tell)
+                runs.append(
+                    Run(
+                        title=f"{recipe.model.__struct_config__.tag} on {recipe.data.source}",
+                        scheme=scheme,
+                        attacker=attacker,
+                        settings=contents.differing(rehearsal.session_settings(recipe, scheme)),
+                        base=origin,
+                        drift=done.drift,
+                        offloaded=done.offloaded,
+                        facts=sorted(done.knowledge.facts),
+                        findings=findings,
+                    )
                 )
-            )
-            del done
+            del done, views, seen
             gc.collect()  # sessions are cycles, and their recordings large
     return runs
 
@@ -165,7 +170,7 @@ def _table(run: Run) -> Table:
     drift = "" if run.drift is None else f", drift {run.drift:.1%}"
     idle = ", ".join(finding.attack for finding in run.findings if finding.verdict == "not applicable")
     table = Table(
-        title=f"{run.scheme}: {run.title}, from {run.base} weights{drift}",
+        title=f"{levels.subject(run)}: {run.title}, from {run.base} weights{drift}",
         caption=f"not applicable (--json says why): {idle}" if idle else None,
     )
     for column in ("attack", "attacker knows", "verdict", "figure", "chance"):

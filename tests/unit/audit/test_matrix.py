@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tempo.audit.attack import Figure, Finding
 from tempo.audit.report import matrix
-from tempo.audit.report.contents import CONTROL, Report, Run, read
+from tempo.audit.report.contents import CONTROL, Report, Run, merged, read
 from tempo.errors import AuditError
 
 REPOSITORY = Path(__file__).parents[3]
@@ -106,6 +107,53 @@ def test_the_summary_has_a_column_for_each_scheme(tmp_path):
     assert table["base + data distribution"][1] == "**broken**, as with base checkpoint"
 
 
+def seen_by(worker, *findings):
+    return [msgspec.structs.replace(one, worker=worker) for one in findings]
+
+
+def several() -> Report:
+    """Of a scheme that was attacked by each operator, all together and on a simulator's view, on another machine."""
+    idle = Finding(attack="rank", knows=["base"], tries="", verdict="not applicable", reason="no secret weight")
+    views = {
+        "each operator": [
+            *seen_by("lab:0@first", finding("patterns", [], 0.03), idle),
+            *seen_by("lab:1@second", finding("patterns", [], 0.04), idle),
+        ],
+        "all operators together": seen_by("both", finding("patterns", [], 0.97), idle),
+        "a simulator": seen_by("a simulator", finding("patterns", [], 0.05), idle),
+    }
+    runs = [run("split", *found, attacker=who, drift=0.05, offloaded=0.9) for who, found in views.items()]
+    elsewhere = Report(runs=runs, command="tempo audit --scheme split", machine={"cpu": "Xeon", "date": "2026-11-29"})
+    return merged([report(), elsewhere])
+
+
+def test_operators_by_themselves_and_together_are_two_columns_of_the_summary(tmp_path):
+    folder = docs(tmp_path, threat_model=marked("schemes"))
+    matrix.update(folder, several(), check=False)
+    text = (folder / "threat-model.md").read_text()
+    table = cells(text)
+    assert table["the worker knows"][2:] == ["`split, each operator`", "`split, all operators together`"]
+    each, together = table["nothing"][2:]
+    assert each.startswith(f"{matrix.PROVEN}; resists `patterns` 0.04<sup>")
+    assert together.startswith("**broken**: `patterns` 0.97<sup>")
+    assert table["base checkpoint"][2] == f"{matrix.PROVEN}; no further attack"
+    assert "Measured 2026-11-24 (cpu EPYC; effort quick); `split` 2026-11-29 (cpu Xeon; effort quick) by " in text
+
+
+def test_a_scheme_of_several_operators_is_shown_view_by_view(tmp_path):
+    folder = docs(tmp_path, split=marked("split"))
+    matrix.update(folder, several(), check=False)
+    text = (folder / "schemes" / "split.md").read_text()
+    table = cells(text)
+    assert table["attack"][3:] == ["first", "second", "all operators together", "a simulator", "its control"]
+    about = ["nothing", "share of rows", "from 0.5 up"]
+    assert table["`patterns`"] == [*about, "0.03", "0.04", "**0.97**", "0.05", "**0.969**"]
+    assert "vit, public base at a drift of 5.0%, 90% of the layers' FLOPs out" in text
+    assert "* no secret weight: `rank`" in text
+    assert "Measured 2026-11-29 (cpu Xeon; effort quick) by " in text
+    assert "EPYC" not in text
+
+
 def test_checking_finds_what_drifted_and_writes_nothing(tmp_path):
     folder = docs(tmp_path, mix=marked("mix"), tempo=marked("tempo"), other="# No marker\n")
     matrix.update(folder, report(), check=False)
@@ -120,7 +168,7 @@ def test_checking_finds_what_drifted_and_writes_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (marked("split"), r"nothing about 'split'; it has: mix, tempo"),
+        (marked("shares"), r"nothing about 'shares'; it has: mix, tempo"),
         ("<!-- audit:mix -->\n", "needs a <!-- /audit:NAME -->"),
         ("<!-- audit:mix -->\n<!-- /audit:tempo -->\n", "needs a <!-- /audit:NAME -->"),
         ("<!-- /audit:mix -->\n", "needs a <!-- /audit:NAME -->"),

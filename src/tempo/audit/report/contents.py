@@ -13,6 +13,10 @@ from tempo.settings import Settings
 
 VERSION = 1
 
+Attacker = Literal["", "each operator", "all operators together", "a simulator"]
+"""Whose view was attacked: a worker's alone; or, of a scheme that hides from operators by themselves, each one's, that
+of all who put together what they have, and one made up without anything that was sent."""
+
 CONTROL = "control"
 """The scheme that a run of positive controls names: what attacks are known to break, not a subject of the audit."""
 
@@ -27,6 +31,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     settings: dict[str, str]
     """Settings of the session that differ from the defaults."""
 
+    attacker: Attacker = ""
     base: Literal["secret", "public", "unknown"]
     """Whether training started from weights that the attacker may know."""
 
@@ -40,6 +45,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """What the attacker knew: ``architecture``, ``base``, ``data``."""
 
     findings: list[Finding]
+
+    machine: dict[str, str] = {}
+    """Where and when it was recorded and attacked, if not where the report says."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,8 +85,10 @@ def read(file: Path) -> Report:
 
 
 def merged(reports: list[Report]) -> Report:
-    """Several reports as one. Controls are kept once; machine and effort are the first one's."""
-    first, runs = reports[0], [run for report in reports for run in report.runs]
+    """Several reports as one. Controls are kept once; effort is the first one's, and so is the machine of runs that do
+    not name their own.
+    """
+    first, runs = reports[0], [run for report in reports for run in _placed(report, reports[0].machine)]
     controls = [run for run in runs if run.scheme == CONTROL]
     return msgspec.structs.replace(
         first,
@@ -87,6 +97,13 @@ def merged(reports: list[Report]) -> Report:
         command=" && ".join(dict.fromkeys(report.command for report in reports if report.command)),
         seconds=sum(report.seconds for report in reports),
     )
+
+
+def _placed(report: Report, machine: dict[str, str]) -> list[Run]:
+    """Runs that say where they were made, if that was not ``machine``."""
+    if report.machine == machine:
+        return report.runs
+    return [msgspec.structs.replace(run, machine=run.machine or report.machine) for run in report.runs]
 
 
 def differing(settings: Settings) -> dict[str, str]:

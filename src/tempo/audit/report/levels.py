@@ -135,7 +135,7 @@ def progress(figure: Figure) -> float:
 
 
 def subjects(report: Report) -> dict[str, list[Run]]:
-    """Runs by what was attacked: the scheme, with those settings in which the report's runs of it differ."""
+    """Runs by what was attacked: the scheme, by whom, with those settings in which the report's runs of it differ."""
     runs = [run for run in report.runs if run.scheme != CONTROL]
     named: dict[str, list[Run]] = {}
     for run in runs:
@@ -146,8 +146,13 @@ def subjects(report: Report) -> dict[str, list[Run]]:
             if name not in _OF_THE_MODEL and len({settings.get(name) for settings in same}) > 1
         ]
         texts = [f"{name} = {run.settings[name]}" for name in varied]
-        named.setdefault(run.scheme + (f" ({', '.join(texts)})" if texts else ""), []).append(run)
+        named.setdefault(subject(run) + (f" ({', '.join(texts)})" if texts else ""), []).append(run)
     return named
+
+
+def subject(run: Run) -> str:
+    """The scheme, and who attacked it."""
+    return f"{run.scheme}, {run.attacker}" if run.attacker else run.scheme
 
 
 def control_of(report: Report, attack: str) -> Finding | None:

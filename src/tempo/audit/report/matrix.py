@@ -1,7 +1,9 @@
 """The threat matrix in the documentation, made from an audit's report so that the two cannot drift apart.
 
 Tables stand between ``<!-- audit:NAME -->`` and ``<!-- /audit:NAME -->`` in ``threat-model.md`` and ``schemes/*.md``.
-NAME is a scheme, for all about it, or ``schemes``, for one column for each. Write them with
+NAME is a scheme, for all about it, or ``schemes``, for one column for each. A scheme that several operators were
+audited under has its own kind of table: each operator's figures beside those of all together and of a simulator. Write
+them with
 ``python -m tempo.audit.report.matrix DOCS REPORT.json``.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +24,10 @@ from tempo.errors import AuditError
 
 SUMMARY = "schemes"
 HIDES = "nothing"
-"""By proof. No scheme of this version has one; the first that does will have to say what."""
+"""By proof: of schemes that show a worker everything."""
+
+PROVEN = "**hides** all rows, [by proof](schemes/split.md#statement)"
+"""Of schemes that hide from operators by themselves."""
 
 ACTIVE = "wrong answers are refused, whatever the scheme (`verify`)"
 """Not the audit's to measure: benchmarks/verify is."""
@@ -64,12 +70,17 @@ def _filled(found: re.Match[str], report: Report, file: Path) -> str:
         table = summary(report)
     else:
         own = {title: runs for title, runs in subjects.items() if runs[0].scheme == name}
+        several = [run for runs in own.values() for run in runs if run.attacker]
         if not own:
             known = ", ".join(sorted({run.scheme for runs in subjects.values() for run in runs})) or "none"
             raise AuditError(
                 f"{file}: the report has nothing about {name!r}; it has: {known}. Audit it, or take the marker out"
             )
-        table = "\n".join(_scheme(report, title, runs, named=len(own) > 1) for title, runs in own.items())
+        table = (
+            _attackers(report, several)
+            if several
+            else "\n".join(_scheme(report, title, runs, named=len(own) > 1) for title, runs in own.items())
+        )
     return f"{found['start']}\n{table}\n{found['end']}"
 
 
@@ -90,27 +101,31 @@ class _Notes:
 
 def summary(report: Report) -> str:
     """A row for each level of knowledge, a column for each scheme."""
-    subjects, notes = levels.subjects(report), _Notes()
+    notes = _Notes()
+    # A simulator is no attacker: what is found on its view is the floor of what is found on others.
+    subjects = {title: runs for title, runs in levels.subjects(report).items() if runs[0].attacker != "a simulator"}
     rows = [["the worker knows", *(_code(title) for title in subjects)]]
     rows += [
         [level.title, *(_summary_cell(report, runs, level, notes) for runs in subjects.values())] for level in LEVELS
     ]
     rows.append(["lies (active)", *[ACTIVE] * len(subjects)])
-    return "\n".join([_table(rows), "", *notes.lines(), "", _measured(report), ""])
+    shown = [run for runs in subjects.values() for run in runs]
+    return "\n".join([_table(rows), "", *notes.lines(), "", _measured(report, shown), ""])
 
 
 def _summary_cell(report: Report, runs: list[Run], level: Level, notes: _Notes) -> str:
     stands = levels.standing(runs, level)
     if stands.decisive is None:
         return {"untried": "not tried", "not applicable": "no attack applied"}.get(stands.verdict, stands.verdict)
+    proven = f"{PROVEN}; " if runs[0].attacker == "each operator" else ""
     if stands.inherited:
-        return f"**broken**, as with {stands.since.title}" if stands.since else "no further attack"
+        return f"**broken**, as with {stands.since.title}" if stands.since else f"{proven}no further attack"
     _, finding = stands.decisive
     mark = notes.mark(_note(report, runs, finding))
     figure = f"{_code(finding.attack)} {number(finding.figures[0].value)}{mark}"
     if stands.verdict == "broken":
         return f"**broken**: {figure}"
-    return f"resists {figure}" + (f", furthest of {stands.tried}" if stands.tried > 1 else "")
+    return f"{proven}resists {figure}" + (f", furthest of {stands.tried}" if stands.tried > 1 else "")
 
 
 def _scheme(report: Report, title: str, runs: list[Run], named: bool) -> str:
@@ -132,7 +147,51 @@ def _scheme(report: Report, title: str, runs: list[Run], named: bool) -> str:
         rows.append([level.title, HIDES, cells[0] or "—", f"**{cells[1]}**" if cells[1] else "—"])
     rows.append(["lies (active)", HIDES, ACTIVE, "—"])
     head = [f"{_code(title)}:", ""] if named else []
-    return "\n".join([*head, _table(rows), "", *notes.lines(), "", _measured(report), ""])
+    return "\n".join([*head, _table(rows), "", *notes.lines(), "", _measured(report, runs), ""])
+
+
+def _attackers(report: Report, runs: list[Run]) -> str:
+    """For each model a row for each attack, with a column for each view that it was tried on."""
+    parts = []
+    for title in dict.fromkeys(run.title for run in runs):
+        same = [run for run in runs if run.title == title]
+        columns = [(run, worker) for run in same for worker in dict.fromkeys(f.worker for f in run.findings)]
+        views = [{f.attack: f for f in run.findings if f.worker == worker} for run, worker in columns]
+        rows = [["attack", "the attacker knows", "figure", "a leak", *map(_whose, columns), "its control"]]
+        for attack in dict.fromkeys(f.attack for run in same for f in run.findings):
+            found = [view.get(attack) for view in views]
+            scored = next((f for f in found if f and f.figures), None)
+            if scored:
+                control, figure = levels.control_of(report, attack), scored.figures[0]
+                about = [_code(attack), ", ".join(scored.knows) or "nothing", _plain(figure.name), _from(figure)]
+                rows.append([*about, *map(_reached, found), _reached(control)])
+        offloaded = "" if same[0].offloaded is None else f", {same[0].offloaded:.0%} of the layers' FLOPs out"
+        head = f"{_plain(title)}, {_origin(same[0])}{offloaded}; **bold** is a leak:"
+        parts += [head, "", _table(rows), "", *_idle(views[0].values()), ""]
+    return "\n".join([*parts, _measured(report, runs), ""])
+
+
+def _whose(column: tuple[Run, str]) -> str:
+    """A view, in a table's head."""
+    run, worker = column
+    return _plain(worker.rpartition("@")[2] if run.attacker == "each operator" else run.attacker)
+
+
+def _reached(finding: Finding | None) -> str:
+    if finding is None or not finding.figures:
+        return "—"
+    value = number(finding.figures[0].value)
+    return f"**{value}**" if finding.verdict == "broken" else value
+
+
+def _idle(findings: Iterable[Finding]) -> list[str]:
+    """Attacks that had nothing to work on, by why."""
+    reasons: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.verdict == "not applicable":
+            reasons.setdefault(finding.reason, []).append(_code(finding.attack))
+    lines = [f"* {_plain(reason)}: {', '.join(attacks)}" for reason, attacks in reasons.items()]
+    return ["Do not apply:", "", *lines] if lines else []
 
 
 def _worst(runs: list[Run], level: Level) -> list[Finding]:
@@ -162,7 +221,7 @@ def _note(report: Report, runs: list[Run], finding: Finding) -> str:
         f"{_code(finding.attack)}: {_plain(figure.name)} = {number(figure.value)}",
         *([f"chance {number(figure.chance)}"] if figure.chance is not None else []),
         *([f"in clear {number(figure.ceiling)}"] if figure.ceiling is not None else []),
-        *([_from(figure)] if figure.leaks is not None else []),
+        *([f"a leak {_from(figure)}"] if figure.leaks is not None else []),
         *([_controlled(control.figures[0], figure)] if control and control.figures else []),
         f"{_plain(run.title)}, {_origin(run)}",
         *([f"broken in {broken} of {len(scored)}"] if len(scored) > 1 else []),
@@ -176,7 +235,7 @@ def _controlled(control: Figure, figure: Figure) -> str:
 
 
 def _from(figure: Figure) -> str:
-    return f"a leak from {number(figure.leaks or 0.0)} {'up' if figure.higher_leaks else 'down'}"
+    return f"from {number(figure.leaks or 0.0)} {'up' if figure.higher_leaks else 'down'}"
 
 
 def _origin(run: Run) -> str:
@@ -184,14 +243,24 @@ def _origin(run: Run) -> str:
     return {"secret": "secret initial weights", "public": f"public base{drift}", "unknown": "unknown origin"}[run.base]
 
 
-def _measured(report: Report) -> str:
-    machine = ", ".join(f"{_plain(name)} {_plain(value)}" for name, value in report.machine.items() if name != "date")
-    date = _plain(report.machine.get("date", "at an unknown date"))
+def _measured(report: Report, runs: list[Run]) -> str:
+    places: dict[str, list[str]] = {}
+    for run in runs:
+        places.setdefault(_place(report, run), []).append(_code(run.scheme))
+    (first, _), *others = places.items()
+    elsewhere = "".join(f"; {', '.join(dict.fromkeys(schemes))} {place}" for place, schemes in others)
     return (
-        f"Measured {date} ({machine or 'unknown machine'}; effort {_plain(report.effort)}) by "
-        f"{_code(report.command) if report.command else 'an unknown command'}. *Resists* is about these attacks, on "
-        "these models; it is no proof."
+        f"Measured {first}{elsewhere} by {_code(report.command) if report.command else 'an unknown command'}. "
+        "*Resists* is about these attacks, on these models; it is no proof."
     )
+
+
+def _place(report: Report, run: Run) -> str:
+    """Date, machine and effort."""
+    about = run.machine or report.machine
+    machine = ", ".join(f"{_plain(name)} {_plain(value)}" for name, value in about.items() if name != "date")
+    date = _plain(about.get("date", "at an unknown date"))
+    return f"{date} ({machine or 'unknown machine'}; effort {_plain(report.effort)})"
 
 
 def _table(rows: list[list[str]]) -> str:
