@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tempo.audit.attack import Curve, Figure, Finding, Panel
 from tempo.audit.report import html
-from tempo.audit.report.contents import CONTROL, Report, Run
+from tempo.audit.report.contents import CONTROL, Made, Report, Run
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 VOID = {"meta", "img", "line", "rect", "circle", "path", "polyline"}
@@ -237,6 +237,14 @@ def test_a_screen_reader_finds_its_way():
     assert all(a.get("role") == "img" or a.get("aria-hidden") == "true" for a in page.all("svg"))
     assert all("scope" in a for a in page.all("th"))
     assert page.all("html")[0]["lang"] == "en-GB"
+
+
+def test_runs_of_another_machine_say_so():
+    made = Made(command="tempo audit --scheme split", machine={"cpu": "the other CPU"})
+    whole = report(scheme="split")
+    page = html.page(msgspec.structs.replace(whole, runs=[msgspec.structs.replace(whole.runs[0], made=made)]))
+    assert "but split" in page
+    assert "tempo audit --scheme split</code>: the other CPU" in page
 
 
 def test_a_report_without_runs_is_a_page():

@@ -137,7 +137,10 @@ def test_operators_by_themselves_and_together_are_two_columns_of_the_summary(tmp
     assert each.startswith(f"{matrix.PROVEN}; resists `patterns` 0.04<sup>")
     assert together.startswith("**broken**: `patterns` 0.97<sup>")
     assert table["base checkpoint"][2] == f"{matrix.PROVEN}; no further attack"
-    assert "Measured 2026-11-24 (cpu EPYC; effort quick); `split` 2026-11-29 (cpu Xeon; effort quick) by " in text
+    assert (
+        "Measured 2026-11-24 (cpu EPYC; effort quick) by `tempo audit --run vit.toml`; "
+        "`split` 2026-11-29 (cpu Xeon; effort quick) by `tempo audit --scheme split`. *Resists*"
+    ) in text
 
 
 def test_a_scheme_of_several_operators_is_shown_view_by_view(tmp_path):
@@ -150,7 +153,7 @@ def test_a_scheme_of_several_operators_is_shown_view_by_view(tmp_path):
     assert table["`patterns`"] == [*about, "0.03", "0.04", "**0.97**", "0.05", "**0.969**"]
     assert "vit, public base at a drift of 5.0%, 90% of the layers' FLOPs out" in text
     assert "* no secret weight: `rank`" in text
-    assert "Measured 2026-11-29 (cpu Xeon; effort quick) by " in text
+    assert "Measured 2026-11-29 (cpu Xeon; effort quick) by `tempo audit --scheme split`." in text
     assert "EPYC" not in text
 
 

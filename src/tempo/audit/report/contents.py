@@ -21,6 +21,14 @@ CONTROL = "control"
 """The scheme that a run of positive controls names: what attacks are known to break, not a subject of the audit."""
 
 
+class Made(msgspec.Struct, frozen=True, kw_only=True):
+    """How a run was made."""
+
+    command: str
+    machine: dict[str, str]
+    """Hardware, versions and date."""
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One transcript under attack."""
 
@@ -46,8 +54,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     findings: list[Finding]
 
-    machine: dict[str, str] = {}
-    """Where and when it was recorded and attacked, if not where the report says."""
+    made: Made | None = None
+    """None: as the report says."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,25 +93,27 @@ def read(file: Path) -> Report:
 
 
 def merged(reports: list[Report]) -> Report:
-    """Several reports as one. Controls are kept once; effort is the first one's, and so is the machine of runs that do
-    not name their own.
+    """Several reports as one. Controls are kept once; machine and effort are the first one's, and runs made on another
+    machine say so.
     """
     first, runs = reports[0], [run for report in reports for run in _placed(report, reports[0].machine)]
+    commands = [report.command for report in reports if report.command and report.machine == first.machine]
     controls = [run for run in runs if run.scheme == CONTROL]
     return msgspec.structs.replace(
         first,
         runs=[run for run in runs if run.scheme != CONTROL] + controls[-1:],
         curves=[curve for report in reports for curve in report.curves],
-        command=" && ".join(dict.fromkeys(report.command for report in reports if report.command)),
+        command=" && ".join(dict.fromkeys(commands)),
         seconds=sum(report.seconds for report in reports),
     )
 
 
 def _placed(report: Report, machine: dict[str, str]) -> list[Run]:
-    """Runs that say where they were made, if that was not ``machine``."""
+    """Runs that say how they were made, if that was not on ``machine``."""
     if report.machine == machine:
         return report.runs
-    return [msgspec.structs.replace(run, machine=run.machine or report.machine) for run in report.runs]
+    made = Made(command=report.command, machine=report.machine)
+    return [msgspec.structs.replace(run, made=run.made or made) for run in report.runs]
 
 
 def differing(settings: Settings) -> dict[str, str]:

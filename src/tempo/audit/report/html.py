@@ -41,6 +41,7 @@ def page(report: Report) -> str:
             attacks=_attacks(report),
             tally=_tally(report),
             threshold=_threshold,
+            elsewhere={run.scheme: run.made for run in report.runs if run.made},
         )
     )
 

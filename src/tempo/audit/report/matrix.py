@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tempo.audit.attack import Figure, Finding
 from tempo.audit.report import levels
-from tempo.audit.report.contents import Report, Run, read
+from tempo.audit.report.contents import Made, Report, Run, read
 from tempo.audit.report.levels import LEVELS, Level, number
 from tempo.errors import AuditError
 
@@ -155,7 +155,7 @@ def _attackers(report: Report, runs: list[Run]) -> str:
     parts = []
     for title in dict.fromkeys(run.title for run in runs):
         same = [run for run in runs if run.title == title]
-        columns = [(run, worker) for run in same for worker in dict.fromkeys(f.worker for f in run.findings)]
+        columns = [(run, worker) for run in same for worker in sorted({f.worker for f in run.findings})]
         views = [{f.attack: f for f in run.findings if f.worker == worker} for run, worker in columns]
         rows = [["attack", "the attacker knows", "figure", "a leak", *map(_whose, columns), "its control"]]
         for attack in dict.fromkeys(f.attack for run in same for f in run.findings):
@@ -244,23 +244,23 @@ def _origin(run: Run) -> str:
 
 
 def _measured(report: Report, runs: list[Run]) -> str:
-    places: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}
     for run in runs:
-        places.setdefault(_place(report, run), []).append(_code(run.scheme))
-    (first, _), *others = places.items()
-    elsewhere = "".join(f"; {', '.join(dict.fromkeys(schemes))} {place}" for place, schemes in others)
+        parts.setdefault(_made(report, run), []).append(_code(run.scheme))
+    (first, _), *others = parts.items()
+    elsewhere = "".join(f"; {', '.join(dict.fromkeys(schemes))} {made}" for made, schemes in others)
+    return f"Measured {first}{elsewhere}. *Resists* is about these attacks, on these models; it is no proof."
+
+
+def _made(report: Report, run: Run) -> str:
+    """Date, machine, effort and command."""
+    made = run.made or Made(command=report.command, machine=report.machine)
+    machine = ", ".join(f"{_plain(name)} {_plain(value)}" for name, value in made.machine.items() if name != "date")
+    date = _plain(made.machine.get("date", "at an unknown date"))
     return (
-        f"Measured {first}{elsewhere} by {_code(report.command) if report.command else 'an unknown command'}. "
-        "*Resists* is about these attacks, on these models; it is no proof."
+        f"{date} ({machine or 'unknown machine'}; effort {_plain(report.effort)}) by "
+        f"{_code(made.command) if made.command else 'an unknown command'}"
     )
-
-
-def _place(report: Report, run: Run) -> str:
-    """Date, machine and effort."""
-    about = run.machine or report.machine
-    machine = ", ".join(f"{_plain(name)} {_plain(value)}" for name, value in about.items() if name != "date")
-    date = _plain(about.get("date", "at an unknown date"))
-    return f"{date} ({machine or 'unknown machine'}; effort {_plain(report.effort)})"
 
 
 def _table(rows: list[list[str]]) -> str:
