@@ -74,12 +74,12 @@ class Honest:
         started = time.perf_counter()
         for layer in range(LAYERS):
             forward = Forward(step=0, layer=layer, weight=layer, operand=layer + 1, product=Linear())
-            self.link.release(self.link.request(forward, {"x": self._x}, self._wants)["y"].result())
+            self.link.buffers.release(self.link.request(forward, {"x": self._x}, self._wants)["y"].result())
         for layer in reversed(range(LAYERS)):
             backward = Backward(step=0, layer=layer, weight=layer, operand=layer + 1, product=Linear())
             wants = {"dx": ((ROWS, WIDTH), torch.float32), "dw": ((WIDTH, WIDTH), torch.float32)}
             for future in self.link.request(backward, {"g": self._x}, wants).values():
-                self.link.release(future.result())
+                self.link.buffers.release(future.result())
         return time.perf_counter() - started
 
     def steps(self) -> float:

@@ -39,20 +39,31 @@ from tempo.worker.store import Numbers
 Message = Store | Forward | Backward | Update | Fetch
 
 
+class _Buffers:
+    """Stands for those of a link: nothing is shared, nor used again."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def private(self, reply: Tensor) -> None:
+        """It is private as it is."""
+
+    def release(self, tensor: Tensor) -> None:
+        """It goes by itself."""
+
+
 class _Worker:
     """Stands for a link: computes at once, and keeps everything it gets."""
 
     def __init__(self, number: int, operator: str, sequence: Callable[[], int]) -> None:
         self.address = Address(host="lab", port=number, operator=operator)
         self.welcome, self.unbound = Welcome(PROTOCOL, "lab", "lab", 0), ""
+        self.buffers = _Buffers()
         self.index, self.last_id, self.bytes_sent, self.bytes_received, self.worker_nanoseconds = number, 0, 0, 0, 0
         self.records: list[Record] = []
         self._sequence = sequence
         self._compute = TorchCompute(torch.device("cpu"))
         self._numbers = Numbers(self._compute, Budget(sys.maxsize).open())
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
 
     def request(
         self,
@@ -119,12 +130,6 @@ class _Worker:
                 for name, answer in answers.items():
                     kept = numbers.weight(message.weight, "gradient" if name == "norm" else name)
                     (compute.norm if name == "norm" else compute.fetch)(kept, answer)
-
-    def private(self, reply: Tensor) -> None:
-        """Nothing is shared."""
-
-    def release(self, tensor: Tensor) -> None:
-        """Nothing is shared."""
 
     def forget(self, weights: Iterable[int] = (), operands: Iterable[int] = (), gradients: Iterable[int] = ()) -> None:
         self._numbers.forget(weights, operands, gradients)

@@ -275,7 +275,7 @@ class Call:
         if residence is not None:
             if encoded.corrects_weight_gradient:
                 for operand in encoded.operands:
-                    engine.links[operand.worker].release(operand.tensors["g"])
+                    engine.links[operand.worker].buffers.release(operand.tensors["g"])
                 residence.end("rows or features that are zero had to be filled")
                 return partial(self.product.repeat, *saved(), g, want_dx=want_dx, want_dw=want_dw)
             residence.accumulates(saved()[0], g)

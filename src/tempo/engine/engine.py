@@ -144,7 +144,7 @@ class Engine:
 
     def empty(self, worker: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A send buffer of that worker's link."""
-        return self.links[worker].empty(shape, dtype)
+        return self.links[worker].buffers.empty(shape, dtype)
 
     def known(self, digests: Sequence[bytes]) -> list[bool]:
         """Of public integers with these digests, whether every worker that takes part says that it has them.
@@ -187,7 +187,7 @@ class Engine:
 
     def _release_unread(self, worker: int, future: Future[Any]) -> None:
         if future.exception() is None and future.result() is not None:
-            self.links[worker].release(future.result())
+            self.links[worker].buffers.release(future.result())
 
     def forget_after(self, owner: object, workers: Sequence[int], weight: int = 0, operand: int = 0) -> None:
         """Let ``workers`` drop a weight or an operand once ``owner`` is garbage here."""

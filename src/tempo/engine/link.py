@@ -15,15 +15,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
-from math import prod
-from typing import Final, Self, TypeAlias, final
+from typing import Final, Self, final
 
 import msgspec
 import torch
 from torch import Tensor
 
 import tempo
+from tempo.engine.buffers import Buffers, Placed
 from tempo.engine.dial import Dialled, dial
+from tempo.engine.geometry import Shape
 from tempo.engine.measure import Measurement, measure
 from tempo.engine.trace import Exchange
 from tempo.errors import (
@@ -38,10 +39,8 @@ from tempo.errors import (
 )
 from tempo.settings import Settings
 from tempo.wire.address import Address
-from tempo.wire.blocks import pack, packed_size
 from tempo.wire.channel import Channel
 from tempo.wire.frame import TO_TRUSTED
-from tempo.wire.memory import Block, BlockPool, PrivatePool
 from tempo.wire.messages import (
     PROTOCOL,
     Alive,
@@ -54,15 +53,13 @@ from tempo.wire.messages import (
     Seek,
     Segment,
     Store,
-    TensorRef,
     ToTrusted,
     Welcome,
 )
-from tempo.wire.shared import Segments, SharedPool
+from tempo.wire.shared import Segments
 from tempo.wire.stream import SocketStream
-from tempo.wire.tensors import NAMES, PACKED, raw, size_of
+from tempo.wire.tensors import raw, size_of
 
-Shape: TypeAlias = tuple[int, ...]
 ACKNOWLEDGED: Final = ""
 """Key of the future of a request that wants nothing back."""
 
@@ -74,11 +71,9 @@ _IDS: Final = count(1)  # unique over the links of a process: transcripts of sev
 @final
 @dataclass(frozen=True, slots=True)
 class _Want:
-    """An answer that is due: exactly this reference, into this block."""
+    """An answer that is due: exactly this reference, into this place."""
 
-    ref: TensorRef
-    block: Block
-    tensor: Tensor
+    answer: Placed
     future: Future[Tensor]
 
 
@@ -88,7 +83,7 @@ class _Pending:
     """A request in flight. Who pops a want, or the request itself, is the one to resolve its future."""
 
     request: Request
-    sent: list[Block]
+    sent: list[Placed]
     wants: dict[str, _Want]
     acknowledged: Future[None] | None
     exchange: Exchange | None
@@ -102,6 +97,7 @@ class Link:
         address: The worker's address.
         welcome: What the worker said of itself (version, device, memory); never trusted.
         unbound: Why the worker may be another operator's, and what to do; empty where it cannot.
+        buffers: Where to write what `request` is to send, and to give back what came.
         index: The worker's number in its session.
         last_id: The number of the last request.
         process: The worker's process, where this one started it; it ends with the link.
@@ -135,13 +131,7 @@ class Link:
         self._stall_timeout = settings.stall_timeout
         self._unheard: tuple[int, float] | None = None
         self._shared = isinstance(stream, SocketStream) and stream.is_unix and "shm" in self.welcome.capabilities
-        # Two pools, so that what comes back never lies where this side wrote something.
-        self._outgoing: BlockPool = SharedPool(self._segments, answers=False) if self._shared else PrivatePool()
-        self._incoming: BlockPool = SharedPool(self._segments, answers=True) if self._shared else PrivatePool()
-        self._private = PrivatePool()
-        self._packs = settings.wire_dtype == "int8"
-        self._lent: dict[int, tuple[BlockPool, Block]] = {}  # send buffers by address
-        self._replies: dict[int, tuple[BlockPool, Block]] = {}  # replies by address
+        self.buffers = Buffers(self._segments, shared=self._shared, packs=settings.wire_dtype == "int8")
         self._receiver = threading.Thread(target=self._receive_all, name=f"tempo {address}", daemon=True)
         self._receiver.start()
 
@@ -169,15 +159,6 @@ class Link:
 
     # --- what the engine calls ---
 
-    def empty(self, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """A send buffer. Write to it once, nothing but what the worker may see, and pass it to `request`."""
-        if 0 in shape:
-            return torch.empty(shape, dtype=dtype)
-        pool = self._private if self._packs and dtype == torch.float32 else self._outgoing
-        block, tensor = _take(pool, shape, dtype)
-        self._lent[tensor.data_ptr()] = pool, block
-        return tensor
-
     def request(
         self,
         message: Request,
@@ -189,7 +170,7 @@ class Link:
 
         Args:
             message: The request; its id and references are filled in here.
-            tensors: Operands by name. Those from `empty` are used in place and taken over; others are copied. Under
+            tensors: Operands by name. Those from `Buffers.empty` are used in place and taken over; others copied. Under
                 the setting ``wire_dtype="int8"`` those of float32 are packed.
             wants: Shape and dtype of each answer by name.
             exchange: Notes what is sent and what comes, before futures resolve.
@@ -198,44 +179,22 @@ class Link:
             Futures by name, or one under `ACKNOWLEDGED` if nothing is wanted. They fail with a `WorkerError`.
             Their callbacks run on the link's thread.
         """
-        operands = {name: self._place_operand(name, tensor) for name, tensor in tensors.items()}
-        refs = tuple(ref for ref, _, _ in operands.values())
-        due: dict[str, _Want] = {}
-        for name, (shape, dtype) in wants.items():
-            block, tensor = _take(self._incoming, shape, dtype)
-            due[name] = _Want(_reference(name, block, tensor), block, tensor, Future())
-            due[name].future.set_running_or_notify_cancel()
+        sent = [self.buffers.operand(name, tensor) for name, tensor in tensors.items()]
+        due = {name: _Want(self.buffers.answer(name, *layout), Future()) for name, layout in wants.items()}
         futures = {name: want.future for name, want in due.items()}
+        for future in futures.values():
+            future.set_running_or_notify_cancel()
         acknowledged: Future[None] | None = None if due else Future()
-        sent = [block for _, block, _ in operands.values()]
-        payload = [] if self._shared else [raw(tensor) for _, _, tensor in operands.values()]
         with self._lock:
             self.last_id = next(_IDS)
             message = msgspec.structs.replace(
-                message, id=self.last_id, tensors=refs, wants=tuple(want.ref for want in due.values())
+                message,
+                id=self.last_id,
+                tensors=tuple(operand.ref for operand in sent),
+                wants=tuple(want.answer.ref for want in due.values()),
             )
-            self._send(_Pending(message, sent, due, acknowledged, exchange), payload)
+            self._send(_Pending(message, sent, due, acknowledged, exchange))
         return futures if acknowledged is None else {ACKNOWLEDGED: acknowledged}
-
-    def private(self, reply: Tensor) -> Tensor | None:
-        """Where to copy a reply so that its worker cannot change it any more; None if it cannot as it is.
-
-        To be given back with `release`, like the reply itself.
-        """
-        if not self._shared or not reply.numel():
-            return None
-        block, copy = _take(self._private, tuple(reply.shape), reply.dtype)
-        self._replies[copy.data_ptr()] = self._private, block
-        return copy
-
-    def release(self, tensor: Tensor) -> None:
-        """Give a reply (or an unused send buffer) back; the caller must not touch it any more."""
-        if reply := self._replies.pop(tensor.data_ptr(), None):
-            pool, block = reply
-            pool.give(block)
-        elif lent := self._lent.pop(tensor.data_ptr(), None):
-            pool, block = lent
-            pool.give(block)
 
     def forget(self, weights: Iterable[int] = (), operands: Iterable[int] = (), gradients: Iterable[int] = ()) -> None:
         """Let the worker drop these, before the next request. Only takes note, so finalizers may call it."""
@@ -257,32 +216,13 @@ class Link:
             self._receiver.join()
         self._channel.close()
         self._segments.close()
-        self._outgoing, self._incoming = PrivatePool(), PrivatePool()  # lets go of what is shared
-        self._lent.clear()
-        self._replies.clear()
+        self.buffers.close()
         if self.process is not None:
             stop(self.process, 0.0 if stuck else _STOP_TIMEOUT)
 
     # --- sending ---
 
-    def _place_operand(self, name: str, tensor: Tensor) -> tuple[TensorRef, Block, Tensor]:
-        """What names an operand, where it lies, and its bytes."""
-        pool, block = self._lent.pop(tensor.data_ptr(), (None, None))
-        if pool is self._outgoing and block is not None and tensor.is_contiguous():
-            return _reference(name, block, tensor), block, tensor
-        if self._packs and tensor.dtype == torch.float32:
-            place, copy = _take(self._outgoing, (packed_size(tuple(tensor.shape)),), torch.uint8)
-            pack(tensor.detach().contiguous(), copy)
-            ref = TensorRef(name, PACKED, tuple(tensor.shape), place.segment, place.offset)
-        else:
-            place, copy = _take(self._outgoing, tuple(tensor.shape), tensor.dtype)
-            copy.copy_(tensor.detach())
-            ref = _reference(name, place, copy)
-        if pool is not None and block is not None:
-            pool.give(block)
-        return ref, place, copy
-
-    def _send(self, pending: _Pending, payload: list[memoryview]) -> None:
+    def _send(self, pending: _Pending) -> None:
         message = pending.request
         if self._lost is not None:
             self._fail(pending, self._lost)
@@ -294,7 +234,7 @@ class Link:
             pending.exchange.size = size
         try:
             self._send_notices()
-            self._channel.send(message, payload)
+            self._channel.send(message, [] if self._shared else [raw(operand.tensor) for operand in pending.sent])
         except OSError as error:
             self._lose(self._broken(error))
 
@@ -357,9 +297,9 @@ class Link:
         if not message.tensors and pending.acknowledged is not None:
             return ()
         want = pending.wants.get(message.tensors[0].name) if len(message.tensors) == 1 else None
-        if want is None or want.ref != message.tensors[0]:
+        if want is None or want.answer.ref != message.tensors[0]:
             raise ProtocolError(f"an answer to request {message.id} that is not what was asked for")
-        return () if self._shared else (raw(want.tensor),)
+        return () if self._shared else (raw(want.answer.tensor),)
 
     def _resolve(self, message: Result) -> None:
         self.worker_nanoseconds += message.nanoseconds
@@ -368,19 +308,16 @@ class Link:
             return  # the link was closed meanwhile
         want = pending.wants.pop(message.tensors[0].name, None) if message.tensors else None
         if pending.exchange is not None:
-            name, size = (want.ref.name, size_of(want.ref)) if want is not None else (ACKNOWLEDGED, 0)
+            name, size = (want.answer.ref.name, size_of(want.answer.ref)) if want is not None else (ACKNOWLEDGED, 0)
             pending.exchange.arrived(name, message.nanoseconds, size)
         if not pending.wants and self._pending.pop(message.id, None) is not None:
-            self._recycle(pending.sent)
+            self.buffers.done_with(pending.sent)
             if pending.acknowledged is not None:
                 pending.acknowledged.set_result(None)
         if want is not None:
-            self.bytes_received += size_of(want.ref)
-            if want.tensor.numel():
-                self._replies[want.tensor.data_ptr()] = self._incoming, want.block
-            else:
-                self._incoming.give(want.block)
-            want.future.set_result(want.tensor)
+            self.bytes_received += size_of(want.answer.ref)
+            self.buffers.arrived(want.answer)
+            want.future.set_result(want.answer.tensor)
 
     def _heed(self, message: Alive) -> None:
         """A worker that starves while it owes an answer does not hear us: the way there is cut, the way back is not."""
@@ -426,17 +363,13 @@ class Link:
                 self._fail(self._pending.popitem()[1], self._lost)
 
     def _fail(self, pending: _Pending, error: WorkerError) -> None:
-        self._recycle(pending.sent)
+        self.buffers.done_with(pending.sent)
         while pending.wants:
             _, want = pending.wants.popitem()
-            self._incoming.give(want.block)
+            self.buffers.never_came(want.answer)
             want.future.set_exception(error.bare())
         if pending.acknowledged is not None:
             pending.acknowledged.set_exception(error.bare())
-
-    def _recycle(self, sent: list[Block]) -> None:
-        for block in sent:
-            self._outgoing.give(block)
 
 
 def stop(process: subprocess.Popen[bytes], patience: float = _STOP_TIMEOUT) -> None:
@@ -446,15 +379,6 @@ def stop(process: subprocess.Popen[bytes], patience: float = _STOP_TIMEOUT) -> N
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _take(pool: BlockPool, shape: Shape, dtype: torch.dtype) -> tuple[Block, Tensor]:
-    block = pool.take(prod(shape) * dtype.itemsize)
-    return block, block.tensor(shape, dtype)
-
-
-def _reference(name: str, block: Block, tensor: Tensor) -> TensorRef:
-    return TensorRef(name, NAMES[tensor.dtype], tuple(tensor.shape), block.segment, block.offset)
 
 
 def _printable(text: str) -> str:

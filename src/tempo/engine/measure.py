@@ -56,12 +56,12 @@ def measure(link: Link) -> Measurement:
 
 
 def _probe(link: Link, size: int = 0, upload: int = 0, download: int = 0) -> float:
-    operands = {"x": link.empty((upload,), torch.uint8).zero_()} if upload else {}
+    operands = {"x": link.buffers.empty((upload,), torch.uint8).zero_()} if upload else {}
     wants = {"y": ((download,), torch.uint8)} if download else {}
     started = time.perf_counter()
     future: Future[Tensor] | Future[None]
     for future in link.request(Probe(size=size), operands, wants).values():
         answer = future.result(timeout=_PATIENCE)
         if answer is not None:
-            link.release(answer)
+            link.buffers.release(answer)
     return time.perf_counter() - started

@@ -60,7 +60,7 @@ class Received(Reply):
                 finally:
                     if into is not None:
                         self._tensor = into
-                        self._link.release(came)
+                        self._link.buffers.release(came)
                 self._judge(residual)
         return self._tensor
 
@@ -89,13 +89,13 @@ class Received(Reply):
 
     def release(self) -> None:
         """Give the memory back."""
-        self._link.release(self._tensor)
+        self._link.buffers.release(self._tensor)
 
     def _room(self) -> Tensor | None:
         """Where to copy it, with axes in the same order, if it may be changed where it is."""
         if not is_last(self._tensor):
-            return self._link.private(self._tensor)
-        room = self._link.private(self._tensor.movedim(1, -1))
+            return self._link.buffers.private(self._tensor)
+        room = self._link.buffers.private(self._tensor.movedim(1, -1))
         return None if room is None else room.movedim(-1, 1)
 
     def _watchable(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
+from tempo.engine.buffers import Buffers
 from tempo.engine.geometry import Shape, flops, output_shape
 from tempo.engine.reply import Received
 from tempo.engine.stats import Stats
@@ -21,6 +22,7 @@ from tempo.schemes.base import Operand, Problem, Scheme, Target
 from tempo.schemes.reply import Reply
 from tempo.verify.checks import AnswerCheck, WeightCheck
 from tempo.wire.residues import expand
+from tempo.wire.shared import Segments
 from tempo.worker.modular import Doubles
 
 NAMES: Final = ("w", "x", "y", "g", "dx", "dw")
@@ -136,7 +138,8 @@ class SampleRun:
 
     def _received(self, name: str, answer: Tensor, check: AnswerCheck | None) -> Received:
         # What `Received` needs of an engine: its answers do not lie in shared memory, and are all right.
-        engine: Any = SimpleNamespace(links=[_Link()], stats=self._stats, verifier=Verifier("always"), step=0)
+        link = SimpleNamespace(address="here", buffers=Buffers(Segments(), shared=False, packs=False))
+        engine: Any = SimpleNamespace(links=[link], stats=self._stats, verifier=Verifier("always"), step=0)
         return Received(engine, 0, name, "", answer, check, nullcontext)
 
     @contextmanager
@@ -147,20 +150,6 @@ class SampleRun:
         self._took[name] += self._stats.seconds["mask"] - before
         if name != "product":
             self._took[f"check {name}"] += self._stats.seconds["verify"] - checked
-
-
-@final
-class _Link:
-    """A worker's link, for answers that were computed here."""
-
-    address = "here"
-
-    def private(self, reply: Tensor) -> Tensor | None:
-        """As it is: nobody else has it."""
-        return None
-
-    def release(self, reply: Tensor) -> None:
-        """Nobody waits for it."""
 
 
 def _expanded(operand: Operand, name: str) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ maps, after checking. Nothing is left behind when either side is killed, since a
 
 Segments for what this side sends are sealed against writing by anyone else: what was masked, and what checks were made
 of, stays what it was. Segments for answers cannot be: a worker can write to all of them at any time, so whoever must
-not be fooled reads an answer once, or copies it first (`tempo.engine.link.Link.private`).
+not be fooled reads an answer once, or copies it first (`tempo.engine.buffers.Buffers.private`).
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def use(link: Link) -> None:
     message = Forward(step=0, layer=0, weight=7, operand=0, product=Linear())
     y = link.request(message, {"x": x}, {"y": ((2, 4), torch.float32)})["y"].result()
     assert torch.equal(x, y)
-    link.release(y)
+    link.buffers.release(y)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def through(link: Link, product: Product, x: Tensor, w: Tensor, g: Tensor) -> tu
     where = {"step": 0, "layer": 1, "weight": 1}
     link.request(Store(**where), {"w": w}, {})[ACKNOWLEDGED].result()
     message = Forward(**where, operand=5, product=product)
-    filled = link.empty(tuple(x.shape), x.dtype).copy_(x)
+    filled = link.buffers.empty(tuple(x.shape), x.dtype).copy_(x)
     y = link.request(message, {"x": filled}, {"y": (tuple(g.shape), g.dtype)})["y"].result()
     backward = Backward(**where, operand=5, product=product)
     wants = {"dx": (tuple(x.shape), x.dtype), "dw": (tuple(w.shape), w.dtype)}
@@ -103,7 +103,7 @@ def test_many_requests_in_flight_are_answered_each_by_its_own(start: Start, tran
     for x, future in zip(inputs, futures):
         y = future.result()
         assert torch.equal(x, y)
-        link.release(y)
+        link.buffers.release(y)
 
 
 def test_large_requests_in_flight_do_not_block_one_another(start: Start) -> None:
@@ -120,10 +120,10 @@ def test_steady_state_takes_no_new_memory(start: Start, transport: str) -> None:
     link.request(Store(step=0, layer=0, weight=1), {"w": torch.eye(64)}, {})[ACKNOWLEDGED].result()
 
     def step() -> set[int]:
-        x = link.empty((128, 64), torch.float32)
+        x = link.buffers.empty((128, 64), torch.float32)
         message = Forward(step=0, layer=0, weight=1, operand=1, product=Linear())
         y = link.request(message, {"x": x}, {"y": ((128, 64), torch.float32)})["y"].result()
-        link.release(y)
+        link.buffers.release(y)
         return {x.data_ptr(), y.data_ptr()}
 
     first = step() | step()
@@ -175,7 +175,7 @@ def test_the_null_worker_answers_with_finite_numbers(start: Start, dtype: torch.
         for answer in through(link, CONV2D, x.to(other), w.to(other), g.to(other)):
             assert answer.dtype == other
             assert answer.double().isfinite().all()
-            link.release(answer)
+            link.buffers.release(answer)
 
 
 @pytest.mark.parametrize("transport", ["shm", "tls"])
