@@ -40,7 +40,7 @@ def doctor(
     settings = parse({"identity": identity, "peers": peers, "insecure_no_tls": insecure_no_tls}, "doctor")
     console = Console()
     console.print(_kernels_in_use())
-    table = Table("worker", "operator", "device", title=f"workers, as seen from here (Tempo {__version__})")
+    table = Table("worker", "device", title=f"workers, as seen from here (Tempo {__version__})")
     for heading in ("memory\nGiB", "latency\nµs", "up\nGB/s", "down\nGB/s", "speed\nGFLOP/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     reached: list[Link] = []
@@ -57,7 +57,6 @@ def doctor(
             problems.append(f"{text}: runs Tempo {link.welcome.version}; install {__version__} there, or that one here")
         table.add_row(
             Text(text),
-            Text(link.address.operator),
             Text(link.welcome.device),
             f"{link.welcome.memory_limit / 2**30:.1f}",
             f"{seen.latency_s * 1e6:,.0f}",

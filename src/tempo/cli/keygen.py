@@ -22,5 +22,5 @@ def keygen(
     typer.echo(f"fingerprint  {fingerprint}")
     typer.echo(f"\nCopy {pub.name} to the other machine, into ~/.config/tempo/peers, under a name of its own:")
     typer.echo(f"  scp {pub} HOST:.config/tempo/peers/$(hostname).pub")
-    typer.echo(f"and put the other machine's .pub file into {key.parent / 'peers'} here; that of a worker whose")
-    typer.echo("operator counts, as under scheme split, into a folder there with the operator's name.")
+    typer.echo(f"and put the other machine's .pub file into {key.parent / 'peers'} here. Under scheme split workers' files")
+    typer.echo("go into a folder there for each operator: peers/OPERATOR.")
