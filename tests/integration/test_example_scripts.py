@@ -22,7 +22,7 @@ def test_a_base_is_made_of_all_but_the_last_play(tmp_path: Path, monkeypatch: py
     tempest = "Master:\nBoatswain!\n\nBoatswain:\nHere, master: what cheer?"
     text = tmp_path / "text.txt"
     text.write_text(SHAKESPEARE.read_text().replace("Boatswain", "") + tempest)
-    options = ["--text", text, "--out", tmp_path, "--steps", "2", "--width", "64", "--layers", "1"]
+    options = ["--text", text, "--out", tmp_path, "--steps", "2", "--size", "tiny"]
     monkeypatch.setattr(sys, "argv", ["make_base.py", *map(str, options)])
     runpy.run_path(str(SHAKESPEARE), run_name="__main__")
     assert [record.fields["text"].strip() for record in read(tmp_path / "tempest.jsonl")] == [tempest]
