@@ -46,6 +46,7 @@ def kernels() -> dict[str, tuple[Call, int]]:
     size = x.size
     v, q = floats(4, COLUMNS), floats(4, ROWS)
     of_rows, of_columns = (floats(4, ROWS), np.zeros(ROWS)), (floats(4, COLUMNS), np.zeros(COLUMNS))
+    of_both = np.zeros((2, COLUMNS))
     integers, residues, sums = (
         np.zeros(x.shape, np.int32),
         np.ones((2, COLUMNS), np.int32),
@@ -81,6 +82,16 @@ def kernels() -> dict[str, tuple[Call, int]]:
         "SwiGLU, gradient": ((native.gated, ("silu", x, x, x, y, z)), size),
         "RMSNorm": ((native.rms_norm, (x, v[0].copy(), None, y, q[0].copy(), 1e-6)), size),
         "RMSNorm, gradient": ((native.rms_norm, (x, v[0].copy(), x, y, q[0].copy(), 1e-6)), size),
+        "BatchNorm, moments": ((native.sum_channels, (x, None, None, v[0].copy(), None, None, None, of_both)), size),
+        "BatchNorm, residual and ReLU": ((native.normalize, (x, x, v[0].copy(), v[1].copy(), True, y)), size),
+        "BatchNorm and ReLU, sums of gradients": (
+            (native.sum_channels, (x, x, None, v[0].copy(), v[1].copy(), v[2].copy(), None, of_both)),
+            size,
+        ),
+        "BatchNorm and ReLU, gradient": (
+            (native.normalize_gradient, (x, x, *(v[i % 4].copy() for i in range(5)), y)),
+            size,
+        ),
         "rotary embedding": ((native.rotate, (heads[0], *angles, heads[1], False)), lse.size * 64),
         "attention": ((native.attention, (*heads[:4], lse, 0.125, False)), lse.size * 64),
         "attention, gradient": (

@@ -28,6 +28,7 @@ from tempo.schemes.fixed_point import combine_rows, share_rows
 from tempo.schemes.masks import Form, Mask, draw, draw_blocks
 from tempo.schemes.reply import Watch
 from tempo.schemes.sandwich import sandwich
+from tempo.trusted.batch_norm import norm_relu
 from tempo.trusted.gated import gated
 from tempo.trusted.mode import TrustedMode
 from tempo.trusted.modules import replace_modules
@@ -118,6 +119,22 @@ def norm() -> torch.nn.Module:
     return module
 
 
+def maps(count: int) -> list[torch.Tensor]:
+    """Of a ResNet's first stage, channels last: 32 images of 128 × 128, and what is added to them."""
+    return [torch.randn(32, 32, 32, 256).movedim(-1, 1) for _ in range(count)]
+
+
+def batch_norm(x: torch.Tensor) -> torch.Tensor:
+    """By statistics of the batch, which averages follow."""
+    channels = torch.zeros(4, x.shape[1])
+    return F.batch_norm(x, *channels, training=True)
+
+
+def batch_norm_relu(x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:
+    """With what follows it in a residual network."""
+    return norm_relu(torch.nn.BatchNorm2d(x.shape[1]), x, *residual)
+
+
 def rotation() -> Callable[[torch.Tensor], torch.Tensor]:
     """Of queries of 256 tokens with heads of 64 features."""
     cos, sin = torch.randn(2, 1, 256, 64)
@@ -206,6 +223,12 @@ KERNELS: dict[str, Callable[[], Case]] = {
     "SwiGLU, gradient": lambda: backward(swiglu, hidden(), hidden()),
     "RMSNorm": lambda: forward(norm(), hidden()),
     "RMSNorm, gradient": lambda: backward(norm(), hidden()),
+    "BatchNorm": lambda: forward(batch_norm, *maps(1)),
+    "BatchNorm, gradient": lambda: backward(batch_norm, *maps(1)),
+    "BatchNorm and ReLU": lambda: forward(batch_norm_relu, *maps(1)),
+    "BatchNorm and ReLU, gradient": lambda: backward(batch_norm_relu, *maps(1)),
+    "BatchNorm, residual and ReLU": lambda: forward(batch_norm_relu, *maps(2)),
+    "BatchNorm, residual and ReLU, gradient": lambda: backward(batch_norm_relu, *maps(2)),
     "rotary embedding": lambda: forward(rotation(), heads(8, 32, 256, 64)[0]),
     "rotary embedding, gradient": lambda: backward(rotation(), heads(8, 32, 256, 64)[0]),
     "attention, 65 tokens": lambda: forward(F.scaled_dot_product_attention, *heads(64, 12, 65, 64)),

@@ -12,6 +12,8 @@ using Operand = nb::ndarray<float, nb::ndim<4>, nb::device::cpu>;  // (samples, 
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using MatrixOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Angles = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;  // (samples, tokens, features)
+using Sums = nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Channels = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 Activation named(const std::string &name) {
@@ -41,16 +43,72 @@ void gated(const std::string &name, const Flat &x, const Flat &up, const std::op
                          int64_t(size));
 }
 
+bool alike(const Matrix &a, const Matrix &b) { return a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1); }
+
+bool alike(const Matrix &a, const MatrixOut &b) { return a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1); }
+
 void rms_norm(const Matrix &x, const Flat &weight, const std::optional<Matrix> &g, const MatrixOut &out,
               const FlatOut &inverse, float eps) {
     require(x.shape(1) > 0 && weight.size() == x.shape(1), "there has to be one weight for each column");
-    require(out.shape(0) == x.shape(0) && out.shape(1) == x.shape(1), "operands have to be of one shape");
-    require(!g || (g->shape(0) == x.shape(0) && g->shape(1) == x.shape(1)), "operands have to be of one shape");
+    require(alike(x, out) && (!g || alike(x, *g)), "operands have to be of one shape");
     require(inverse.size() == x.shape(0), "there has to be one root mean square for each row");
     const tempo::RmsNorm a{x.data(),   weight.data(),       g ? g->data() : nullptr, out.data(), inverse.data(),
                            int64_t(x.shape(0)), int64_t(x.shape(1)), eps};
     nb::gil_scoped_release released;
     tempo::active->rms_norm(a);
+}
+
+// Where a channel's numbers are, or null.
+const float *of_channels(const std::optional<Channels> &numbers, const Matrix &x) {
+    require(!numbers || numbers->size() == x.shape(1), "there has to be one number for each channel");
+    return numbers ? numbers->data() : nullptr;
+}
+
+void sum_channels(const Matrix &x, const std::optional<Matrix> &g, const std::optional<Matrix> &y,
+                  const Channels &center, const std::optional<Channels> &scale, const std::optional<Channels> &shift,
+                  const std::optional<MatrixOut> &passed, const Sums &sums) {
+    require((!g || alike(x, *g)) && (!y || alike(x, *y)) && (!passed || alike(x, *passed)),
+            "operands have to be of one shape");
+    require(sums.shape(0) == 2 && sums.shape(1) == x.shape(1), "there have to be two sums for each channel");
+    require(scale.has_value() == shift.has_value() && (g || !(scale || y)), "ReLU is where there is a gradient");
+    require(y.has_value() == passed.has_value() && !(scale && y), "a sum's gradient is written, and passes ReLU once");
+    tempo::ChannelSums a{};
+    a.what = y ? tempo::Summed::through_relu_of_sum
+             : scale ? tempo::Summed::through_relu
+             : g ? tempo::Summed::gradients
+                 : tempo::Summed::inputs;
+    a.x = x.data(), a.g = g ? g->data() : nullptr, a.y = y ? y->data() : nullptr;
+    a.center = of_channels(center, x), a.scale = of_channels(scale, x), a.shift = of_channels(shift, x);
+    a.passed = passed ? passed->data() : nullptr, a.sums = sums.data();
+    a.rows = int64_t(x.shape(0)), a.width = int64_t(x.shape(1));
+    nb::gil_scoped_release released;
+    tempo::active->sum_channels(a);
+}
+
+void normalize(const Matrix &x, const std::optional<Matrix> &residual, const Channels &scale, const Channels &shift,
+               bool relu, const MatrixOut &out) {
+    require(alike(x, out) && (!residual || alike(x, *residual)), "operands have to be of one shape");
+    tempo::Normalization a{};
+    a.x = x.data(), a.residual = residual ? residual->data() : nullptr, a.relu = relu, a.out = out.data();
+    a.scale = of_channels(scale, x), a.shift = of_channels(shift, x);
+    a.rows = int64_t(x.shape(0)), a.width = int64_t(x.shape(1));
+    nb::gil_scoped_release released;
+    tempo::active->normalize(a);
+}
+
+void normalize_gradient(const Matrix &x, const Matrix &g, const Channels &scale, const std::optional<Channels> &shift,
+                        const std::optional<Channels> &center, const std::optional<Channels> &slope,
+                        const std::optional<Channels> &mean, const MatrixOut &out) {
+    require(alike(x, out) && alike(x, g), "operands have to be of one shape");
+    require(center.has_value() == mean.has_value() && slope.has_value() == mean.has_value(),
+            "center, slope and mean come together");
+    tempo::Normalization a{};
+    a.x = x.data(), a.g = g.data(), a.relu = shift.has_value(), a.out = out.data();
+    a.scale = of_channels(scale, x), a.shift = of_channels(shift, x), a.center = of_channels(center, x);
+    a.slope = of_channels(slope, x), a.mean = of_channels(mean, x);
+    a.rows = int64_t(x.shape(0)), a.width = int64_t(x.shape(1));
+    nb::gil_scoped_release released;
+    tempo::active->normalize(a);
 }
 
 Heads heads_of(const Operand &x, const Operand &like, size_t heads) {
@@ -126,6 +184,13 @@ void tempo::bind_layers(nb::module_ &m) {
           nb::arg("dup").none());
     m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("g").none(), nb::arg("out"),
           nb::arg("inverse"), nb::arg("eps"));
+    m.def("sum_channels", &sum_channels, nb::arg("x"), nb::arg("g").none(), nb::arg("y").none(), nb::arg("center"),
+          nb::arg("scale").none(), nb::arg("shift").none(), nb::arg("passed").none(), nb::arg("sums"));
+    m.def("normalize", &normalize, nb::arg("x"), nb::arg("residual").none(), nb::arg("scale"), nb::arg("shift"),
+          nb::arg("relu"), nb::arg("out"));
+    m.def("normalize_gradient", &normalize_gradient, nb::arg("x"), nb::arg("g"), nb::arg("scale"),
+          nb::arg("shift").none(), nb::arg("center").none(), nb::arg("slope").none(), nb::arg("mean").none(),
+          nb::arg("out"));
     m.def("rotate", &rotate);
     m.def("attention", &attention);
     m.def("attention_gradient", &attention_gradient);

@@ -6,6 +6,7 @@
 #include "sums.h"
 #include "activation.h"
 #include "attention.h"
+#include "batch_norm.h"
 #include "rms_norm.h"
 #include "rotation.h"
 #include "shares.h"
@@ -25,6 +26,8 @@ const Table &table() {
         .activation = activation,
         .gated = gated,
         .rms_norm = rms_norm,
+        .sum_channels = sum_channels,
+        .normalize = normalize,
         .rotate = rotate,
         .attend = attend,
         .differentiate_attention = differentiate_attention,

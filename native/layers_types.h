@@ -52,6 +52,29 @@ struct RmsNorm {
     float eps;
 };
 
+// Of what `sum_channels` adds up, by channel: x less its center, or a gradient as it comes, through ReLU of a
+// normalization, or through ReLU of the sum of that and a residual.
+enum class Summed { inputs, gradients, through_relu, through_relu_of_sum };
+
+// Operands are (rows, width), contiguous, those of channels (width).
+struct ChannelSums {
+    Summed what;
+    const float *x, *g, *y;  // y: what ReLU gave, where it is of a sum
+    const float *center, *scale, *shift;
+    float *passed;  // where to write the gradient that ReLU lets through, where it is of a sum
+    double *sums;   // (2, width), added to
+    int64_t rows, width;
+};
+
+// `out` is y where `g` is null, else dx; center, slope and mean are null where statistics are not the batch's.
+struct Normalization {
+    const float *x, *residual, *g;
+    const float *scale, *shift, *center, *slope, *mean;
+    bool relu;
+    float *out;
+    int64_t rows, width;
+};
+
 // Pairs of features (i, i + width / 2) turned by an angle each; features lie side by side.
 struct Rotation {
     int64_t samples, heads, tokens, width;  // width: a multiple of 2 kWidths

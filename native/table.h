@@ -18,6 +18,8 @@ struct Table {
     void (*activation)(Activation kind, const float *x, const float *g, float *out, int64_t size);
     void (*gated)(Activation kind, const float *x, const float *up, const float *g, float *out, float *dup, int64_t size);
     void (*rms_norm)(const RmsNorm &);
+    void (*sum_channels)(const ChannelSums &);
+    void (*normalize)(const Normalization &);
     void (*rotate)(const Rotation &);
     void (*attend)(const Attention &);
     void (*differentiate_attention)(const Attention &);

@@ -64,6 +64,27 @@ def combine(
 def activation(name: str, x: Tensor, g: Tensor | None, out: Tensor) -> None: ...
 def gated(name: str, x: Tensor, up: Tensor, g: Tensor | None, out: Tensor, dup: Tensor | None) -> None: ...
 def rms_norm(x: Tensor, weight: Tensor, g: Tensor | None, out: Tensor, inverse: Tensor, eps: float) -> None: ...
+def sum_channels(
+    x: Tensor,
+    g: Tensor | None,
+    y: Tensor | None,
+    center: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    passed: Tensor | None,
+    sums: Tensor,
+) -> None: ...
+def normalize(x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, relu: bool, out: Tensor) -> None: ...
+def normalize_gradient(
+    x: Tensor,
+    g: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    center: Tensor | None,
+    slope: Tensor | None,
+    mean: Tensor | None,
+    out: Tensor,
+) -> None: ...
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> None: ...
 def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool) -> None: ...
 def attention_gradient(

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tempo import kernels
-from tempo.trusted.kernels import native_for
+from tempo.trusted.kernels import native_for, recomputes
 
 _LONGEST: Final = {False: 512, True: 2048}
 """Keys, by whether attention is causal; beyond, PyTorch's own kernel is as fast, or was not measured."""
@@ -59,8 +59,7 @@ def attention(
 ) -> Tensor | None:
     """As `torch.nn.functional.scaled_dot_product_attention`; None where PyTorch has to compute it.
 
-    That is with masks or dropout, for long sequences, and where hooks on saved tensors are at work: recomputation
-    compares what two passes saved.
+    That is with masks or dropout, for long sequences, and where saved tensors may be recomputed.
     """
     native = native_for(query, key, value)
     if (
@@ -75,7 +74,7 @@ def attention(
         or query.shape[3] % _WIDTHS
         or key.shape[2] > _LONGEST[bool(is_causal)]
         or any(t.stride(3) != 1 for t in (query, key, value))
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or recomputes()
     ):
         return None
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)

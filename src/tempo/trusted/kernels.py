@@ -51,6 +51,11 @@ def differentiated(
     return [next(found) if need else None for need in needs]
 
 
+def recomputes() -> bool:
+    """Whether hooks on saved tensors are at work: recomputation compares what two passes saved."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether somebody wants to be told when ``module`` is called."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)

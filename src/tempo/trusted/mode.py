@@ -14,8 +14,10 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from tempo import kernels
 from tempo.trusted.activations import gelu, silu
 from tempo.trusted.attention import attention
+from tempo.trusted.batch_norm import batch_norm
 
 REPLACED: Final[dict[Any, Callable[..., Tensor | None]]] = {
+    F.batch_norm: batch_norm,
     F.gelu: gelu,
     F.silu: silu,
     F.scaled_dot_product_attention: attention,

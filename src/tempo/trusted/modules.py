@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tempo.layers.base import Protected, protected_class
 from tempo.trusted.gated import GatedMlp
 from tempo.trusted.lora import FusedLora
+from tempo.trusted.residual import ConvNormAct, Residual
 from tempo.trusted.rms_norm import RmsNorm
 from tempo.trusted.rotary import NAME, apply_rotary_pos_emb, rotate_half, rotated
 
@@ -31,7 +32,7 @@ REPLACED: Final[dict[tuple[str, str], type[Protected]]] = {
 """By the module's Python module, which is looked for where it was imported only, and class."""
 
 
-_ALIKE: Final = (RmsNorm, GatedMlp)
+_ALIKE: Final = (RmsNorm, GatedMlp, ConvNormAct, Residual)
 """For whatever class has the ``forward`` that each says is ``written``."""
 
 
