@@ -110,11 +110,12 @@ using Vectors = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::
 using WatchedSums = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Lengths = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Watching = std::tuple<Vectors, WatchedSums, Lengths>;
+using Added = std::tuple<Vectors, Vectors>;
 
 // True if there was nothing to watch, or all squares of what was watched are within float's range.
 bool sandwich(const Array &x, const std::optional<Given> &rows, const std::optional<Given> &columns,
               const std::vector<Array> &outs, int axis, const std::vector<std::optional<Scale>> &biases,
-              const std::optional<Watching> &watching) {
+              const std::optional<Watching> &watching, const std::optional<Added> &plus) {
     const Matrices from = matrices_of(x);
     require(from.columns < INT32_MAX && from.rows < INT32_MAX, "a matrix is too large");
     require(biases.size() == outs.size(), "biases have to be as many as outputs");
@@ -133,23 +134,32 @@ bool sandwich(const Array &x, const std::optional<Given> &rows, const std::optio
     }
     require(axis == 1 ? column == from.columns : row == from.rows, "outputs have to make up the result");
     tempo::Watch watch{};
-    std::vector<float> by_column;
     if (watching) {
         const auto &[v, sums, lengths] = *watching;
         require(from.batch == 1, "only the rows of a single matrix can be watched");
-        require(v.shape(0) <= 8 && int64_t(v.shape(1)) == from.columns, "vectors have to be as long as rows, at most 8");
+        require(v.shape(0) <= tempo::kMostWatched && int64_t(v.shape(1)) == from.columns,
+                "vectors have to be as long as rows, and not too many");
         require(sums.shape(0) == v.shape(0) && int64_t(sums.shape(1)) == from.rows,
                 "sums have to be one per vector and row");
         require(int64_t(lengths.shape(0)) == from.rows, "lengths have to be one per row");
-        watch = {int(v.shape(0)), nullptr, v.data(), sums.data(), lengths.data(), true, 0.0f};
-        by_column.resize(v.size());
-        for (int64_t column = 0; column < from.columns; ++column)
-            for (int k = 0; k < watch.vectors; ++k)
-                by_column[column * watch.vectors + k] = v.data()[k * from.columns + column];
-        watch.v = by_column.data();
+        watch = {int(v.shape(0)), v.data(), sums.data(), lengths.data(), true, 0.0f};
     }
-    const Sandwich whole{from, row_operator ? &row_operator->op : nullptr,
-                         column_operator ? &column_operator->op : nullptr, pieces.data(), int(pieces.size()), watching ? &watch : nullptr};
+    tempo::Addend addend;
+    if (plus) {
+        const auto &[left, right] = *plus;
+        require(from.batch == 1, "only to a single matrix can another be added");
+        require(int64_t(left.shape(0)) == from.rows && int64_t(right.shape(1)) == from.columns &&
+                    left.shape(1) == right.shape(0),
+                "factors have to make up a matrix like the result");
+        addend = {int(left.shape(1)), left.data(), right.data()};
+    }
+    const Sandwich whole{from,
+                         row_operator ? &row_operator->op : nullptr,
+                         column_operator ? &column_operator->op : nullptr,
+                         pieces.data(),
+                         int(pieces.size()),
+                         addend,
+                         watching ? &watch : nullptr};
     nb::gil_scoped_release release;
     tempo::active->sandwich(whole);
     return !watching || (watch.finite && watch.longest > 0x1p-80f);
@@ -161,7 +171,7 @@ namespace tempo {
 
 void bind_sandwich(nb::module_ &m) {
     m.def("sandwich", &::sandwich, nb::arg("x"), nb::arg("rows").none(), nb::arg("columns").none(), nb::arg("outs"),
-          nb::arg("axis"), nb::arg("biases"), nb::arg("watch").none() = nb::none());
+          nb::arg("axis"), nb::arg("biases"), nb::arg("watch").none() = nb::none(), nb::arg("plus").none() = nb::none());
 }
 
 }  // namespace tempo

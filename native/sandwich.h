@@ -149,22 +149,25 @@ inline void mix_columns(const Block &block, const int32_t *index, const Lines &f
     });
 }
 
-// --- out: piece[to[lane]][column] = lines[index[column]][lane] · scales + bias ---
+// --- out: piece[to[lane]][column] = lines[index[column]][lane] · scales + bias + left[to[lane]] · right[.][column] ---
 
 template <typename T>
-void write_tile(const Lines &lines, const Tile &tile, const Operator *columns, const Piece &piece, int64_t batch,
-                const float *row_scale, bool past_caches) {
+void write_tile(const Lines &lines, const Tile &tile, const Operator *columns, const Piece &piece, const Addend &plus,
+                int64_t of_right, int64_t batch, const float *row_scale, bool past_caches) {
     const int32_t *index = columns ? columns->gathers[columns->rounds] + piece.column : nullptr;
     const float *column_scale = columns && columns->scale ? columns->scale + piece.column : nullptr;
     T *out = static_cast<T *>(piece.to.data) + batch * piece.to.batch_stride;
     const int width = int(piece.to.columns);
+    const float *right = plus.rank ? plus.right + piece.column : nullptr;
     for (int panel = 0; panel < tile.lanes; panel += kLine) {
         const int used = least(kLine, tile.lanes - panel);
         T *rows[kLine];
+        const float *left[kLine];
         bool all = true;
         for (int i = 0; i < used; ++i) {
             const int64_t row = panel + i < tile.rows ? tile.to[panel + i] - piece.row : -1;
             rows[i] = row >= 0 && row < piece.to.rows ? out + row * piece.to.row_stride : nullptr;
+            left[i] = plus.rank && rows[i] ? plus.left + (row + piece.row) * plus.rank : plus.left;
             all &= rows[i] != nullptr;
         }
         const float *from = lines.at(panel);
@@ -188,6 +191,10 @@ void write_tile(const Lines &lines, const Tile &tile, const Operator *columns, c
                         const Vector bias = load(piece.bias + first);
                         for (int i = 0; i < kLanes; ++i) v[part][i] += bias;
                     }
+                    for (int k = 0; k < plus.rank; ++k) {
+                        const Vector of_columns = load(right + k * of_right + first);
+                        for (int i = 0; i < kLanes; ++i) v[part][i] += broadcast(left[lane + i][k]) * of_columns;
+                    }
                 }
                 // Whole cache lines at a time, or streaming would be slower than not.
                 for (int i = 0; i < kLanes; ++i)
@@ -198,8 +205,11 @@ void write_tile(const Lines &lines, const Tile &tile, const Operator *columns, c
         for (; column < width; ++column)
             for (int lane = 0; lane < used; lane += kLanes) {
                 const Vector v = line(column, lane);
-                for (int i = 0; i < kLanes; ++i)
-                    if (rows[lane + i]) narrow(piece.bias ? v[i] + piece.bias[column] : v[i], rows[lane + i] + column);
+                for (int i = 0; i < kLanes; ++i) {
+                    float value = piece.bias ? v[i] + piece.bias[column] : v[i];
+                    for (int k = 0; k < plus.rank; ++k) value += left[lane + i][k] * right[k * of_right + column];
+                    if (rows[lane + i]) narrow(value, rows[lane + i] + column);
+                }
             }
     }
 }
@@ -213,7 +223,7 @@ inline bool worth_streaming(const Piece &piece) {
 // --- one pass: rows by their round's blocks, columns if it is their turn ---
 
 inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_columns, const Piece *pieces, int count,
-                 int64_t batch) {
+                 const Addend &plus, int64_t batch) {
     const int width = int(x.columns);
     const Operator *rows = s.rows, *columns = with_columns ? s.columns : nullptr;
     const bool mixes = rows && rows->rounds;
@@ -238,10 +248,10 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
     for (int i = 0; scales && i < total; ++i) scales[i] = rows->scale[i];
 
     Watch *watch = round == 0 ? s.watch : nullptr;
-    const int kinds = watch ? watch->vectors + 1 : 0;
+    const int kinds = watch ? watch->vectors + groups(*watch) : 0;
     float *totals = watch ? scratch(7, size_t(kinds) * (size_t(most) * kLanes + kLine + padded(width))) : nullptr;
     float *packed = totals + size_t(kinds) * (size_t(most) * kLanes + kLine);
-    if (watch && mixes) pack(watch->v_by, watch->vectors, width, packed);
+    if (watch) pack(*watch, width, mixes, packed);
 
     for (int t = 0; t < tiles; ++t) {
         const int start = mixes ? rows->blocks[round][t].start : t * height;
@@ -253,8 +263,9 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
         if (watch && !mixes)
             for (int lane = 0; lane < tile.lanes; lane += kLine) {
                 const int used = least(kLine, tile.lanes - lane);
-                with_count(watch->vectors, [&](auto k) {
-                    watch_panel<decltype(k)::value>(lines.at(lane), used, kLine, width, watch->v, totals);
+                for_groups(*watch, [&](auto k, int first, int line) {
+                    watch_panel<decltype(k)::value>(lines.at(lane), used, kLine, width, packed + int64_t(first) * width,
+                                                    totals + line * kLine);
                 });
                 for (int i = lane; i < least(lane + kLine, tile.rows); ++i)
                     watched(*watch, tile.from[i], total, totals + i - lane, kLine);
@@ -267,15 +278,17 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
             else
                 read_chunk(static_cast<const float *>(x.data) + offset, x.row_stride, column, some, tile, chunk);
             if (watch)
-                with_count(watch->vectors, [&](auto k) {
-                    watch_chunk<decltype(k)::value>(chunk, side, kChunk, some, packed + column * watch->vectors, totals);
+                for_groups(*watch, [&](auto k, int first, int line) {
+                    constexpr int K = decltype(k)::value;
+                    watch_chunk<K>(chunk, side, kChunk, some, packed + first * padded(width) + column * K, kinds,
+                                   totals + line * kLanes);
                 });
             mix_rows(rows->blocks[round][t], chunk, mixed, some);
             const Lines here{lines.data + column * kLine, lines.panel};
             read_tile(mixed, kChunk, some, Tile{side, tile.lanes, numbers, nullptr}, here);
         }
         for (int row = 0; watch && mixes && row < side; ++row) {
-            float sums[kVectorsAtOnce + 1];
+            float sums[kMostWatched + kMostWatched / kVectorsAtOnce];
             for (int k = 0; k < kinds; ++k) sums[k] = sum(load(totals + (int64_t(row) * kinds + k) * kLanes));
             watched(*watch, tile.from[row], total, sums, 1);
         }
@@ -296,9 +309,9 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
             for (int p = 0; p < count; ++p) {
                 const bool past_caches = worth_streaming(pieces[p]);
                 if (pieces[p].to.half)
-                    write_tile<uint16_t>(from, part, columns, pieces[p], batch, scale, false);
+                    write_tile<uint16_t>(from, part, columns, pieces[p], plus, width, batch, scale, false);
                 else
-                    write_tile<float>(from, part, columns, pieces[p], batch, scale, past_caches);
+                    write_tile<float>(from, part, columns, pieces[p], plus, width, batch, scale, past_caches);
             }
         }
     }
@@ -310,13 +323,13 @@ inline void sandwich(const Sandwich &s) {
         Matrices x = s.x;
         for (int round = 0; round < rounds; ++round) {
             if (round == rounds - 1) {
-                pass(s, x, round, round == 0, s.pieces, s.count, batch);
+                pass(s, x, round, round == 0, s.pieces, s.count, s.plus, batch);
                 break;
             }
             const int64_t width = x.columns;
             Matrices between{scratch(4 + round % 2, size_t(x.rows * width)), 1, x.rows, width, 0, width, false};
             const Piece all{between, 0, 0, nullptr};
-            pass(s, x, round, round == 0, &all, 1, batch);
+            pass(s, x, round, round == 0, &all, 1, Addend{}, batch);
             x = between;
         }
     }

@@ -43,16 +43,23 @@ struct Piece {
 // Memory to work in, kept between calls: fresh memory would cost a page fault for every 4 KiB.
 float *scratch(int which, size_t floats);
 
-// Sums of the rows of what is read, at most 8 with each.
+// Sums of the rows of what is read, with at most kMostWatched vectors each.
+constexpr int kMostWatched = 16;
+
 struct Watch {
     int vectors;
-    const float *v;     // (columns, vectors)
-    const float *v_by;  // (vectors, columns), the same
+    const float *v;     // (vectors, columns)
     float *sums;        // (vectors, rows)
     double *lengths;    // (rows)
     // Whether all squares were within float's range, and the largest sum of squares.
     bool finite;
     float longest;
+};
+
+// A matrix of low rank that is added to the result: `left` (rows, rank) times `right` (rank, columns).
+struct Addend {
+    int rank = 0;
+    const float *left = nullptr, *right = nullptr;
 };
 
 struct Sandwich {
@@ -61,6 +68,7 @@ struct Sandwich {
     const Operator *columns;  // null: the identity
     const Piece *pieces;
     int count;
+    Addend plus;   // only of a single matrix
     Watch *watch;  // or null; only of a single matrix
 };
 

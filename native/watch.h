@@ -8,6 +8,29 @@ namespace tempo::TEMPO_ISA {
 
 constexpr int kWatchedAtOnce = 64;  // columns that one sum in float runs over
 
+// Vectors are taken in groups of kVectorsAtOnce. Each has lines of totals for its vectors and one for squares.
+inline int groups(const Watch &watch) { return greatest(1, (watch.vectors + kVectorsAtOnce - 1) / kVectorsAtOnce); }
+
+// Calls `f` for each group with how many vectors it has (at compile time), its first, and its first line of totals.
+template <typename F>
+inline void for_groups(const Watch &watch, const F &f) {
+    for (int group = 0; group < groups(watch); ++group) {
+        const int first = group * kVectorsAtOnce;
+        with_count(least(kVectorsAtOnce, watch.vectors - first), [&](auto k) { f(k, first, first + group); });
+    }
+}
+
+// Of each group, its vectors as `watch_chunk` takes them, or else as `watch_panel` does.
+inline void pack(const Watch &watch, int width, bool chunks, float *to) {
+    for_groups(watch, [&](auto k, int first, int) {
+        constexpr int K = decltype(k)::value;
+        const float *v = watch.v + int64_t(first) * width;
+        if (chunks) return pack(v, K, width, to + first * padded(width));
+        for (int column = 0; column < width; ++column)
+            for (int i = 0; i < K; ++i) to[(int64_t(first) * width) + column * K + i] = v[int64_t(i) * width + column];
+    });
+}
+
 // Of a transposed panel, `stride` lanes wide: totals[k][lane], the last line for squares.
 template <int K>
 inline void watch_panel(const float *lines, int used, int stride, int width, const float *v, float *totals) {
@@ -27,10 +50,12 @@ inline void watch_panel(const float *lines, int used, int stride, int width, con
     }
 }
 
-// Of a chunk of rows, `stride` apart: adds to totals[row][k], a vector each. `packed` as `pack` in sums.h gives it.
+// Of a chunk of rows, `stride` apart: adds to totals[row][k], a vector each, of `kinds` for every row. `packed` as `pack`
+// in sums.h gives it.
 template <int K>
-inline void watch_chunk(const float *chunk, int rows, int stride, int width, const float *packed, float *totals) {
-    for (int row = 0; row < rows; ++row, chunk += stride, totals += (K + 1) * kLanes) {
+inline void watch_chunk(const float *chunk, int rows, int stride, int width, const float *packed, int kinds,
+                        float *totals) {
+    for (int row = 0; row < rows; ++row, chunk += stride, totals += kinds * kLanes) {
         Vector total[K + 1];
         for (int k = 0; k <= K; ++k) total[k] = load(totals + k * kLanes);
         const float *v = packed;
@@ -45,8 +70,8 @@ inline void watch_chunk(const float *chunk, int rows, int stride, int width, con
 
 // Notes what became of a row.
 inline void watched(Watch &watch, int64_t row, int64_t rows, const float *totals, int stride) {
-    for (int k = 0; k < watch.vectors; ++k) watch.sums[k * rows + row] = totals[k * stride];
-    const float square = totals[watch.vectors * stride];
+    for (int k = 0; k < watch.vectors; ++k) watch.sums[k * rows + row] = totals[(k + k / kVectorsAtOnce) * stride];
+    const float square = totals[least(watch.vectors, kVectorsAtOnce) * stride];
     watch.lengths[row] = __builtin_sqrt(double(square));
     watch.finite = watch.finite && square < kMostSquare;  // false for what is not a number
     if (square > watch.longest) watch.longest = square;

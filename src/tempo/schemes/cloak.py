@@ -1,9 +1,10 @@
 """The cloak: a secret random matrix of low rank added to ``W`` before it is masked, and taken off the answers here.
 
 In PyTorch's layout ``w`` (m×d) goes out as ``w + U V``, with ``U`` m×k and ``V`` k×d. So workers return ``Y + (X Vᵀ)
-Uᵀ`` and ``dX + (G U) V``, and what is too much costs O(k) per element to compute and subtract. ``dW`` does not depend
-on ``w``. Of a convolution ``w`` is taken as the matrix o × (c·kernel), in each group by itself: ``V`` is then a
-convolution of the same stride, padding and dilation to k channels, ``U`` one of 1×1.
+Uᵀ`` and ``dX + (G U) V``, and what is too much costs O(k) per element to compute and subtract: of matrices, in the
+passes that mask and unmask. ``dW`` does not depend on ``w``. Of a convolution ``w`` is taken as the matrix o ×
+(c·kernel), in each group by itself: ``V`` is then a convolution of the same stride, padding and dilation to k channels,
+``U`` one of 1×1.
 
 How strong. A worker that knows the base checkpoint lines up singular vectors of the masked weight with those of the
 base; the cloak must turn them, and must not be separable itself. If it sticks out of the spectrum it is: dropping the
@@ -33,6 +34,8 @@ from tempo.keys import Keystream
 from tempo.schemes import haar
 from tempo.schemes.arithmetic import input_gradient, output
 from tempo.schemes.operators import work_dtype
+from tempo.schemes.reply import MOST_WATCHED, Watch
+from tempo.schemes.sandwich import Factors
 from tempo.wire.messages import Conv, Product
 
 STRENGTH = 1.0
@@ -61,31 +64,46 @@ class Cloak:
         """Independent groups of channels."""
         return self.product.groups if isinstance(self.product, Conv) else 1
 
+    @property
+    def factors(self) -> Factors | None:
+        """What it adds to the weight of a matrix product, to be added on the way; None of a convolution."""
+        return None if isinstance(self.product, Conv) else (self.U, self.V)
+
     def cover(self, w: Tensor) -> Tensor:
         """``w + U V``."""
         rank = self.U.shape[1]
         U, V = self.U.view(self.groups, -1, rank), self.V.reshape(self.groups, rank, -1)
         return torch.baddbmm(w.to(U.dtype).reshape(self.groups, U.shape[1], -1), U, V).view(w.shape)
 
-    def uncover(self, w: Tensor) -> None:
-        """``w -= U V``, in place; of a matrix."""
-        w.addmm_(self.U.to(w.dtype), self.V.to(w.dtype), alpha=-1)
+    def watch_input(self, x: Tensor) -> Watch | None:
+        """Has who masks ``X`` make ``X Vᵀ`` on the way; None where that cannot be."""
+        return Watch.of(self.V, len(x)) if self._watchable(x) else None
 
-    def seen_by_input(self, x: Tensor) -> Tensor:
-        """``X Vᵀ``: T×k, or N × groups·k × spatial."""
-        return output(self.product, x, self.V)
+    def watch_gradient(self, g: Tensor) -> Watch | None:
+        """The same of ``G U``."""
+        return Watch.of(self.U.t().contiguous(), len(g)) if self._watchable(g) else None
+
+    def _watchable(self, t: Tensor) -> bool:
+        return t.dim() == 2 and self.U.dtype == torch.float32 and self.U.shape[1] <= MOST_WATCHED
+
+    def seen_by_input(self, x: Tensor, watch: Watch | None = None) -> Tensor:
+        """``X Vᵀ``, as ``watch`` saw it, if it did: T×k, or N × groups·k × spatial."""
+        return watch.sums.t() if watch is not None and watch.seen else output(self.product, x, self.V)
+
+    def in_output(self, xv: Tensor) -> Factors | None:
+        """What takes ``(X Vᵀ) Uᵀ`` off ``Y``, to be added; None of a convolution."""
+        return None if isinstance(self.product, Conv) else (xv, self.U.t().neg())
 
     def uncover_output(self, y: Tensor, xv: Tensor) -> None:
-        """``Y -= (X Vᵀ) Uᵀ``, in place."""
-        if y.dim() == 2:
-            y.addmm_(xv, self.U.t(), alpha=-1)
-            return
+        """``Y -= (X Vᵀ) Uᵀ``, in place, of a convolution."""
         n, groups, rank = len(y), self.groups, self.U.shape[1]
         U = self.U.view(groups, -1, rank)
         y -= torch.matmul(U, xv.view(n, groups, rank, -1)).view(y.shape)
 
-    def seen_by_gradient(self, g: Tensor) -> Tensor:
-        """``G U``: T×k, or N × groups·k × spatial."""
+    def seen_by_gradient(self, g: Tensor, watch: Watch | None = None) -> Tensor:
+        """``G U``, as ``watch`` saw it, if it did: T×k, or N × groups·k × spatial."""
+        if watch is not None and watch.seen:
+            return watch.sums.t()
         g = g.to(self.U.dtype)
         if g.dim() == 2:
             return g @ self.U
@@ -93,12 +111,13 @@ class Cloak:
         U = self.U.view(groups, -1, rank)
         return torch.matmul(U.mT, g.reshape(n, groups, U.shape[1], -1)).view(n, groups * rank, *g.shape[2:])
 
+    def in_input_gradient(self, gu: Tensor) -> Factors | None:
+        """What takes ``(G U) V`` off ``dX``, to be added; None of a convolution."""
+        return None if isinstance(self.product, Conv) else (gu, self.V.neg())
+
     def uncover_input_gradient(self, dx: Tensor, gu: Tensor) -> None:
-        """``dX -= (G U) V``, in place."""
-        if dx.dim() == 2:
-            dx.addmm_(gu, self.V, alpha=-1)
-        else:
-            dx -= input_gradient(self.product, gu, self.V, tuple(dx.shape))
+        """``dX -= (G U) V``, in place, of a convolution."""
+        dx -= input_gradient(self.product, gu, self.V, tuple(dx.shape))
 
 
 def together(cloaks: Sequence[tuple[Cloak, float]]) -> Cloak:

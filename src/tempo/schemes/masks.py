@@ -27,7 +27,7 @@ from tempo.keys import Keystream
 from tempo.schemes import haar
 from tempo.schemes.operators import Blocks, Gather, Operator, inverse_index
 from tempo.schemes.reply import Watch
-from tempo.schemes.sandwich import sandwich
+from tempo.schemes.sandwich import Factors, sandwich
 
 
 class Form(Enum):
@@ -202,10 +202,27 @@ class Masks:
         """Those for squares of what signed permutations ``A`` and ``P`` mask."""
         return Masks(self.L, _unsigned(self.A), _unsigned(self.P))
 
-    def encode(self, role: Role, plain: Tensor, out: Tensor) -> None:
-        """Write the masked form of ``plain`` into ``out``, converting to its dtype."""
-        rows, row_form, columns, column_form = _FORMS[role]
-        sandwich(plain, getattr(self, rows).operator(row_form), getattr(self, columns).operator(column_form), [out])
+    def encode(
+        self, role: Role, plain: Tensor, out: Tensor, plus: Factors | None = None, watch: Watch | None = None
+    ) -> None:
+        """Write the masked form of ``plain`` into ``out``, converting to its dtype.
+
+        Args:
+            role: What it is.
+            plain: What to mask.
+            out: Where to write it.
+            plus: What to add to ``plain`` first, a matrix: only its factors are masked, and it is added on the way out.
+            watch: Sees the rows of ``plain``: see `tempo.schemes.sandwich.sandwich`.
+        """
+        row_mask, row_form, column_mask, column_form = _FORMS[role]
+        rows: Operator | None = getattr(self, row_mask).operator(row_form)
+        columns: Operator | None = getattr(self, column_mask).operator(column_form)
+        if plus is not None:
+            left, right = (torch.empty_like(factor) for factor in plus)
+            sandwich(plus[0], rows, None, [left])
+            sandwich(plus[1], None, columns, [right])
+            plus = left, right
+        sandwich(plain, rows, columns, [out], watch=watch, plus=plus)
 
     def decode(
         self,
@@ -213,16 +230,17 @@ class Masks:
         masked: Tensor,
         outs: Sequence[Tensor],
         biases: Sequence[Tensor | None] | None = None,
+        plus: Factors | None = None,
         watch: Watch | None = None,
     ) -> None:
         """Write the plain form of ``masked`` into ``outs``: consecutive pieces by output features, plus ``biases``.
 
-        ``watch`` sees what is read of ``masked``: see `tempo.schemes.sandwich.sandwich`.
+        ``plus`` is added to it, and ``watch`` sees what is read of ``masked``: see `tempo.schemes.sandwich.sandwich`.
         """
         row_mask, row_form, column_mask, column_form = _FORMS[role]
         rows: Operator | None = getattr(self, row_mask).operator(row_form.undo)
         columns: Operator | None = getattr(self, column_mask).operator(column_form.undo)
-        sandwich(masked, rows, columns, outs, 0 if role == "dw" else 1, biases, watch)
+        sandwich(masked, rows, columns, outs, 0 if role == "dw" else 1, biases, watch, plus)
 
 
 def _unsigned(mask: Mask) -> Mask:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tempo.errors import WorkerLiedError
 
-MOST_WATCHED: Final = 8
+MOST_WATCHED: Final = 16
 """Vectors that rows can be summed with on the way."""
 
 

@@ -15,6 +15,9 @@ from tempo.schemes.operators import Gather, Operator, work_dtype
 from tempo.schemes.reply import Watch
 from tempo.wire.layout import is_last
 
+Factors = tuple[Tensor, Tensor]
+"""A matrix of low rank: (rows, k) and (k, columns), whose product it is."""
+
 _CHUNK = 1 << 18
 """Elements handled at a time, so that the passes of one chunk stay in the second-level cache."""
 
@@ -27,8 +30,9 @@ def sandwich(
     axis: int = 1,
     biases: Sequence[Tensor | None] | None = None,
     watch: Watch | None = None,
+    plus: Factors | None = None,
 ) -> None:
-    """Write ``rows · x · columnsᵀ``, at every position of further axes; None is the identity.
+    """Write ``rows · x · columnsᵀ + plus``, at every position of further axes; None is the identity.
 
     Where ``x`` is a grouped convolution's weight, axis 1 counts channels within a group, and ``columns`` spans all
     groups: row ``i`` then uses the columns of its own group.
@@ -41,6 +45,7 @@ def sandwich(
         axis: 0 or 1.
         biases: What to add to every row of each piece, one number for each of its columns; None: nothing.
         watch: What to sum of the rows of ``x``, which then is read once, if it is ``seen``; only of matrices.
+        plus: What to add to the result; only of matrices, with pieces along axis 1.
     """
     if all(out.numel() == 0 for out in outs):
         return
@@ -48,15 +53,22 @@ def sandwich(
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     biases = biases or [None] * len(outs)
     native = kernels.native()
-    if native is not None and _in_kernel(native, x, rows, columns, outs, axis, biases, watch):
+    if native is not None and _in_kernel(native, x, rows, columns, outs, axis, biases, watch, plus):
         return
     if axis == 0 and len(outs) > 1:
         whole = torch.empty(sum(len(out) for out in outs), *x.shape[1:], dtype=outs[0].dtype)
         _in_torch(x, rows, columns, [whole])
         for out, piece in zip(outs, whole.split([len(out) for out in outs]), strict=True):
             out.copy_(piece)
-    else:
+    elif plus is None:
         _in_torch(x, rows, columns, outs)
+    else:
+        left, right = plus
+        whole = torch.empty(x.shape, dtype=work_dtype(x))
+        _in_torch(x, rows, columns, [whole])
+        whole.addmm_(left.to(whole.dtype), right.to(whole.dtype))
+        for out, piece in zip(outs, whole.split([out.shape[1] for out in outs], 1), strict=True):
+            out.copy_(piece)
     add_biases(outs, biases)
 
 
@@ -76,6 +88,7 @@ def _in_kernel(
     axis: int,
     biases: Sequence[Tensor | None],
     watch: Watch | None,
+    plus: Factors | None,
 ) -> bool:
     """Have the native kernel do it, where it can: matrices, or channels that lie side by side in memory."""
     if columns is not None and columns.size != x.shape[1]:
@@ -89,7 +102,8 @@ def _in_kernel(
         return False
     numbers = [None if bias is None else bias.detach().to(torch.float32).contiguous() for bias in biases]
     watched = None if watch is None else (watch.vectors, watch.sums, watch.lengths)
-    in_range = native.sandwich(found[0], _arrays(rows), _arrays(columns), found[1:], axis, numbers, watched)
+    added = None if plus is None else tuple(factor.detach().to(torch.float32).contiguous() for factor in plus)
+    in_range = native.sandwich(found[0], _arrays(rows), _arrays(columns), found[1:], axis, numbers, watched, added)
     if watch is not None:
         watch.seen = in_range
     return True

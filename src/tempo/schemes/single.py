@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -71,10 +72,18 @@ class SingleMaskScheme(Scheme):
         cloak = self.cloak(key, problem, w)
         # A send buffer can be shared with its worker, which must not get to change what others are sent.
         source = operands[0].tensors["w"] if len(operands) == 1 else torch.empty(w.shape, dtype=problem.wire_dtype)
-        masks.encode("w", w if cloak is None else cloak.cover(w), source)
+        _encode_cloaked(masks, "w", w, cloak, source)
         for operand in operands if len(operands) > 1 else ():
             operand.tensors["w"].copy_(source)
         return MaskedWeight(self, problem, masks, cloak, operands)
+
+
+def _encode_cloaked(masks: Masks, role: Literal["w", "dw"], w: Tensor, cloak: Cloak | None, out: Tensor) -> None:
+    """Mask ``w`` with a cloak on it: in the same pass, where that is of low rank as a matrix."""
+    plus = None if cloak is None else cloak.factors
+    if cloak is not None and plus is None:
+        w = cloak.cover(w)
+    masks.encode(role, w, out, plus=plus)
 
 
 def divide(rows: int, targets: Sequence[Target]) -> list[tuple[Target, slice]]:
@@ -146,8 +155,7 @@ class MaskedWeight(UpdatableWeight):
         cloak = self.scheme.cloak(key, self.problem, plain) if linear else None
         if cloak is not None:
             self._lying.append(Lying(cloak, {name: torch.ones((), dtype=torch.float64)}))
-            plain = cloak.cover(plain)
-        self.masks.encode("dw", plain, out)
+        _encode_cloaked(self.masks, "dw", plain, cloak, out)
         self._kept.add(name)
         for lying in self._lying:  # what the worker has counts as there, even where this cloak is not on it
             for kept in self._kept:
@@ -157,10 +165,9 @@ class MaskedWeight(UpdatableWeight):
         """Unmask, and take off what lies on it by now."""
         plain = torch.empty(masked.shape, dtype=masked.dtype)
         masks = self.masks.unsigned() if name in SQUARES else self.masks
-        masks.decode("w" if name == "w" else "dw", masked, [plain])
         cloak = self._cloak_on(name)
-        if cloak is not None:
-            cloak.uncover(plain)
+        plus = None if cloak is None else (cloak.U, cloak.V.neg())
+        masks.decode("w" if name == "w" else "dw", masked, [plain], plus=plus)
         return plain
 
     def keeps_length(self, name: str) -> bool:
@@ -192,10 +199,10 @@ class MaskedWeight(UpdatableWeight):
             covered, cover = self.scheme.cover(key.stream(f"cover{number}"), x[rows])
             masks = Masks(self.scheme.row_mask(key, number, len(covered)), self.masks.A, self.masks.P)
             x_masked = empty(target.worker, tuple(covered.shape), self.problem.wire_dtype)
-            masks.encode("x", covered, x_masked)
-            real = covered[: cover.real]
-            shares = shares_of_output(product, real, cover.filled_columns, w)
-            seen = None if masked.cloak is None else masked.cloak.seen_by_input(real)
+            watch = None if masked.cloak is None else masked.cloak.watch_input(covered)
+            masks.encode("x", covered, x_masked, watch=watch)
+            shares = shares_of_output(product, covered[: cover.real], cover.filled_columns, w)
+            seen = None if masked.cloak is None else masked.cloak.seen_by_input(covered, watch)
             masked.parts[target.worker] = Part(rows, masks, cover, shares, seen)
             masked.operands.append(Operand(target.worker, {"x": x_masked}, rows))
         return masked
@@ -212,9 +219,9 @@ class Part:
     seen_by_cloak: Tensor | None
 
     @property
-    def plain(self) -> bool:
-        """Whether the output is only to be unmasked."""
-        return not (len(self.cover.filled) or self.shares or self.seen_by_cloak is not None)
+    def covered(self) -> bool:
+        """Whether there was anything filled in."""
+        return bool(len(self.cover.filled) or self.shares)
 
 
 class MaskedInput(EncodedInput):
@@ -249,14 +256,18 @@ class MaskedInput(EncodedInput):
         bias = _joined(biases or [], sizes, outputs[0])
         for worker, part in self.parts.items():
             pieces = [output[part.rows] for output in outputs]
-            if part.plain:
-                replies[worker].read(partial(part.masks.decode, "y", outs=pieces, biases=biases))
+            cloak, seen = self.cloak, part.seen_by_cloak
+            plus = None if cloak is None or seen is None else cloak.in_output(seen)
+            part.seen_by_cloak = None  # a graph may live long
+            uncover = seen is not None and plus is None
+            if not (part.covered or uncover):
+                replies[worker].read(partial(part.masks.decode, "y", outs=pieces, biases=biases, plus=plus))
                 continue
             whole = _room(pieces, replies[worker])
-            replies[worker].read(partial(part.masks.decode, "y", outs=[whole], biases=[bias]))
+            replies[worker].read(partial(part.masks.decode, "y", outs=[whole], biases=[bias], plus=plus))
+            if cloak is not None and seen is not None and uncover:
+                cloak.uncover_output(whole, seen)
             y = whole[: part.cover.real]
-            if self.cloak is not None and part.seen_by_cloak is not None:
-                self.cloak.uncover_output(y, part.seen_by_cloak)
             for share in part.shares:
                 share.take_off_output(y)
             if len(part.cover.rows):
@@ -264,7 +275,7 @@ class MaskedInput(EncodedInput):
             if whole is not pieces[0]:
                 for piece, values in zip(pieces, y.split(list(sizes), 1), strict=True):
                     piece.copy_(values)
-            part.shares, part.seen_by_cloak = [], None  # a graph may live long
+            part.shares = []
         return outputs
 
     def encode_gradient(
@@ -280,11 +291,11 @@ class MaskedInput(EncodedInput):
         for number, (worker, part) in enumerate(self.parts.items()):
             covered, cover = weight.scheme.cover(key.stream(f"cover{number}"), g[part.rows])
             g_masked = empty(worker, tuple(covered.shape), weight.problem.wire_dtype)
-            part.masks.encode("g", covered, g_masked)
+            watch = None if self.cloak is None else self.cloak.watch_gradient(covered)
+            part.masks.encode("g", covered, g_masked, watch=watch)
             masked.operands.append(Operand(worker, {"g": g_masked}, part.rows))
-            real = covered[: cover.real]
-            seen = None if self.cloak is None else self.cloak.seen_by_gradient(real)
-            shares = shares_of_input_gradient(product, real, cover.filled_columns, w)
+            seen = None if self.cloak is None else self.cloak.seen_by_gradient(covered, watch)
+            shares = shares_of_input_gradient(product, covered[: cover.real], cover.filled_columns, w)
             masked.parts[worker] = Part(part.rows, part.masks, cover, shares, seen)
             if want_dw:
                 masked.extra.add(part.cover, cover, covered, partial(_rows, x, part.rows))
@@ -312,15 +323,17 @@ class MaskedGradient(EncodedGradient):
         source = self.source
         dx = maps(source.weight.problem.product, source.shape, source.dtype)
         for worker, part in self.parts.items():
-            if part.plain:
-                replies[worker].read(partial(part.masks.decode, "dx", outs=[dx[part.rows]]))
+            place, cloak, seen = dx[part.rows], source.cloak, part.seen_by_cloak
+            plus = None if cloak is None or seen is None else cloak.in_input_gradient(seen)
+            uncover = seen is not None and plus is None
+            if not (part.covered or uncover):
+                replies[worker].read(partial(part.masks.decode, "dx", outs=[place], plus=plus))
                 continue
-            place = dx[part.rows]
             whole = _room([place], replies[worker])
-            replies[worker].read(partial(part.masks.decode, "dx", outs=[whole]))
+            replies[worker].read(partial(part.masks.decode, "dx", outs=[whole], plus=plus))
+            if cloak is not None and seen is not None and uncover:
+                cloak.uncover_input_gradient(whole, seen)
             real = whole[: part.cover.real]
-            if source.cloak is not None and part.seen_by_cloak is not None:
-                source.cloak.uncover_input_gradient(real, part.seen_by_cloak)
             for share in part.shares:
                 share.take_off_input_gradient(real)
             real[part.cover.rows] = 0

@@ -89,6 +89,25 @@ def test_pieces_biases_and_strides(kernel, left, right):
         torch.testing.assert_close(out, piece if bias is None else piece + bias)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_matrix_of_low_rank_is_added_on_the_way(kernel, shape, dtype, kind):
+    rows, columns = operators(kind, kind, shape, Form.PLAIN)
+    x = torch.randn(shape)
+    for rank in (1, 16, 19):
+        left, right = torch.randn(shape[0], rank), torch.randn(rank, shape[1])
+        sizes = (shape[1] // 3, shape[1] - shape[1] // 3)
+        biases = [torch.randn(sizes[0]), None]
+        expected = [torch.empty(shape[0], size, dtype=torch.float64) for size in sizes]
+        outs = [torch.empty(shape[0], size, dtype=dtype) for size in sizes]
+        sandwich(x.double(), rows, columns, expected, 1, biases, plus=(left.double(), right.double()))
+        sandwich(x, rows, columns, outs, 1, biases, plus=(left, right))
+        peak = max(float(found.abs().max()) for found in expected if found.numel())
+        for out, exact in zip(outs, expected, strict=True):
+            assert ((out - exact).abs() <= 2e-6 * peak + torch.finfo(dtype).eps * exact.abs()).all()
+
+
 @pytest.mark.parametrize("left", KINDS)
 @pytest.mark.parametrize("right", KINDS)
 def test_bfloat16_is_rounded_once_and_to_even(kernel, left, right):
@@ -144,6 +163,13 @@ def test_what_is_not_an_operator_is_refused():
     ):
         with pytest.raises(ValueError):
             native.sandwich(x, rows, None, [out], 1, [None])
+    for plus in (
+        (torch.ones(3, 2), torch.ones(2, 3)),
+        (torch.ones(4, 2), torch.ones(3, 3)),
+        (torch.ones(4, 2), torch.ones(2, 4)),
+    ):
+        with pytest.raises(ValueError):
+            native.sandwich(x, None, None, [out], 1, [None], None, plus)
     for outs, axis in (([out[:, :3]], 1), ([out[:, :, :2]], 1), ([out, out], 0), ([], 1), ([out.expand(2, 4, 3)], 1)):
         with pytest.raises(ValueError):
             native.sandwich(x, None, None, outs, axis, [None] * len(outs))
