@@ -13,7 +13,6 @@ from torch import nn
 from tempo.engine.engine import Engine
 from tempo.engine.site import Site
 from tempo.initial import Origin
-from tempo.layers.attention import Projections
 from tempo.layers.protect import ProtectedLayer
 from tempo.rendering import plain_text
 from tempo.schemes.base import Scheme
@@ -113,7 +112,7 @@ def _reasons(site: Site) -> list[str]:
 
 
 def _line(layer: ProtectedLayer, site: Site) -> Line:
-    sites = list(site.parts.values()) if isinstance(site, Projections) and site.parts else [site]
+    sites = site.sites or [site]
     usages = [site.usage for site in sites]
     return Line(
         layer.name,

@@ -30,7 +30,7 @@ SETTLING = 4
 """Calls that are placed one by one before what was decided is taken for granted."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Usage:
     """What one site did, for `Session.summary`: forward FLOPs by place, and why the last call ran where it did."""
 
@@ -82,6 +82,11 @@ class Site:
 
     def __reduce__(self) -> str | tuple[object, ...]:
         raise TypeError("a site belongs to a running session and cannot be stored")
+
+    @property
+    def sites(self) -> list[Site]:
+        """It, or what it consists of."""
+        return [self]
 
     @property
     def trusted_updates(self) -> list[str]:
@@ -204,8 +209,7 @@ class Site:
         if decision.offload:
             self.usage.offloaded += cost
         else:
-            self.usage.trusted += cost
-            self.engine.stats.flops_trusted += cost
+            self.stayed(cost)
         return decision.offload
 
     def secret(self, weight: Tensor) -> str | None:
@@ -220,17 +224,19 @@ class Site:
 
     def computed(self, rows: int, weight: Tensor) -> None:
         """Account for a call on so many rows that was computed here, together with something else."""
-        cost = flops(Linear(), (rows, weight.shape[1]), tuple(weight.shape))
-        self.usage.trusted += cost
-        self.engine.stats.flops_trusted += cost
+        self.stayed(flops(Linear(), (rows, weight.shape[1]), tuple(weight.shape)))
 
     def stays(self, x: Tensor, weight: Tensor) -> bool:
         """Whether this call is like one that stayed here for good: a short cut, since layers may be tiny."""
         if self._alike is None or x.is_nested or self._alike[0] != _likeness(x, weight) or residence_of(weight):
             return False
-        self.usage.trusted += self._alike[1]
-        self.engine.stats.flops_trusted += self._alike[1]
+        self.stayed(self._alike[1])
         return True
+
+    def stayed(self, cost: int) -> None:
+        """Account for so many FLOPs that were computed here."""
+        self.usage.trusted += cost
+        self.engine.stats.flops_trusted += cost
 
     def _stay(self, x: Tensor, weight: Tensor) -> None:
         """Let calls like this one stay here, if they would, and once neighbours have had the time to be found."""

@@ -47,6 +47,11 @@ class Projections(Site):
     def __deepcopy__(self, memo: dict[int, object]) -> Projections:
         return Projections(super().__deepcopy__(memo))
 
+    @property
+    def sites(self) -> list[Site]:
+        """Of its projections, those that were called."""
+        return list(self.parts.values())
+
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ weight.T + bias`` by the site of that slice of the layer's parameters."""
         # A packed parameter arrives whole (self-attention) or in slices (cross-attention).

@@ -19,10 +19,11 @@ from tempo.layers import LayerType, layer_type
 from tempo.layers.adapters import private_layers
 from tempo.layers.base import Protected, overrides, protected_class
 from tempo.layers.exposed import CONVOLUTIONS, exposed_layers
-from tempo.layers.memory_format import restore_outputs, unaware
+from tempo.layers.memory_format import unaware
 from tempo.schemes.base import Scheme
-from tempo.trusted.mode import Root, root_class
+from tempo.trusted.mode import OWN, Root, root_class
 from tempo.trusted.modules import replace_modules
+from tempo.trusted.small_calls import SmallCalls
 from tempo.wire.messages import Conv, Linear
 
 log = logging.getLogger("tempo")
@@ -87,8 +88,6 @@ def protect(
         else:
             _seek(engine, scheme, weights)
     channels_last = engine.settings.memory_format == "auto" and unaware(model)
-    if channels_last:
-        model.register_forward_hook(restore_outputs)
     found = []
     for name, module, entry in supported:
         reason = kept.get(name)
@@ -109,6 +108,7 @@ def protect(
     if any(isinstance(module, Protected) for module in model.modules()):
         replace_modules(model)
         model.__class__ = root_class(type(model))
+        model.__dict__.update(_tempo_small=SmallCalls(list(model.modules())), _tempo_channels_last=channels_last)
     others = [(name, module) for name, module in model.named_modules() if layer_type(module) is None]
     return found + [ProtectedLayer(name, module, None) for name, module in others if _multiplies(module)]
 
@@ -126,10 +126,10 @@ def unprotect(model: nn.Module) -> None:
                 f"layer {name!r} was given the class {type(module).__name__} after protect(); undo that first "
                 "(torch.nn.utils.parametrize.remove_parametrizations, say)"
             )
-    for number in [number for number, hook in model._forward_hooks.items() if hook is restore_outputs]:
-        del model._forward_hooks[number]
     for _, module in swapped:
         if isinstance(module, Root):
+            for name in OWN:
+                del module.__dict__[name]
             module.__class__ = module._tempo_root  # type: ignore[assignment]
         if isinstance(module, Protected):
             module.__dict__.pop("_tempo", None)

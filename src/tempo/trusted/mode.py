@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Final
 
 import torch
@@ -12,9 +13,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from tempo import kernels
+from tempo.layers.memory_format import restored
 from tempo.trusted.activations import gelu, silu
 from tempo.trusted.attention import attention
 from tempo.trusted.batch_norm import batch_norm
+from tempo.trusted.small_calls import SmallCalls
 
 REPLACED: Final[dict[Any, Callable[..., Tensor | None]]] = {
     F.batch_norm: batch_norm,
@@ -36,25 +39,37 @@ class TrustedMode(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if result is None else result
 
 
+OWN: Final = ("_tempo_small", "_tempo_channels_last")
+"""Attributes of `Root`, which are no part of the model."""
+
+
 class Root:
-    """Mixin of the class that a protected model itself is given: calls run in `TrustedMode`."""
+    """Mixin of the class that a protected model itself is given: calls run in `TrustedMode`, but small ones."""
 
     _tempo_root: type[nn.Module]
+    _tempo_small: SmallCalls
+    _tempo_channels_last: bool
+    """Whether feature maps may leave it with channels last, and are put back."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own."""
         call = super().__call__  # type: ignore[misc]
-        if torch.compiler.is_compiling() or kernels.native() is None:
-            return call(*args, **kwargs)
-        if isinstance(_get_current_function_mode(), TrustedMode):  # inside another protected model
-            return call(*args, **kwargs)
-        with TrustedMode():
-            return call(*args, **kwargs)
+        # Not where a compiler looks, nor inside another protected model.
+        if torch.compiler.is_compiling() or isinstance(_get_current_function_mode(), TrustedMode):
+            result = call(*args, **kwargs)
+        else:
+            small = self._tempo_small
+            alike = small.alike(args, kwargs)
+            if alike is not None and small.plain(alike):
+                return small.run(alike, call, args, kwargs)
+            with small.looked_at(alike), TrustedMode() if kernels.native() is not None else nullcontext():
+                result = call(*args, **kwargs)
+        return restored(result) if self._tempo_channels_last else result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copied and pickled as the model that it was, in whatever way that one is."""
         twin = object.__new__(self._tempo_root)
-        twin.__dict__ = self.__dict__
+        twin.__dict__ = {name: value for name, value in self.__dict__.items() if name not in OWN}
         reduced = twin.__reduce_ex__(protocol)
         if isinstance(reduced, str):
             return reduced
