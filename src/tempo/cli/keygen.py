@@ -22,5 +22,5 @@ def keygen(
     typer.echo(f"fingerprint  {fingerprint}")
     typer.echo(f"\nCopy {pub.name} to the other machine, into ~/.config/tempo/peers, under a name of its own:")
     typer.echo(f"  scp {pub} HOST:.config/tempo/peers/$(hostname).pub")
-    typer.echo(f"and put the other machine's .pub file into {key.parent / 'peers'} here. Under scheme split workers' files")
-    typer.echo("go into a folder there for each operator: peers/OPERATOR.")
+    typer.echo(f"and put the other machine's .pub file into {key.parent / 'peers'} here.")
+    typer.echo("Under scheme split, workers' files go into a folder there for each operator: peers/OPERATOR.")
