@@ -74,6 +74,12 @@ def kernels() -> dict[str, tuple[Call, int]]:
         "share among three, checked": (share(x, 2, residues, sums), size),
         "combine": (combine(y, 2), size),
         "combine three, checked": (combine(y, 3, residues, sums), size),
+        "combine, adding a product of rank 16": (combine(y, 2, rank=16), size),
+        "rows with 16 vectors": ((native.tall_products, (x, floats(16, COLUMNS), floats(ROWS, 16), None, None)), size),
+        "columns with 16 vectors": (
+            (native.tall_products, (x, None, None, floats(ROWS, 16), floats(16, COLUMNS))),
+            size,
+        ),
         "sums of integers": ((native.sum_rows, (integers, residues, sums)), size),
         "GELU": ((native.activation, ("gelu", x, None, y)), size),
         "GELU, gradient": ((native.activation, ("gelu", x, x, y)), size),
@@ -146,12 +152,13 @@ def share(x: Any, seeds: int, vectors: Any = None, sums: Any = None) -> Call:
     return native.share, (x, None, 1e-4, 2.0**-126, [SEED] * seeds, 0, out, steps, vectors, sums)
 
 
-def combine(y: Any, parts: int, vectors: Any = None, sums: Any = None) -> Call:
+def combine(y: Any, parts: int, vectors: Any = None, sums: Any = None, rank: int = 0) -> Call:
     """And what it makes of the answers."""
     from tempo import _kernels as native
 
     answers = [np.zeros((ROWS, COLUMNS), np.int32)] * parts
-    return native.combine, (answers, floats(ROWS, 1), y[0].copy(), [y[0].copy()], [y], vectors, sums)
+    added = [(floats(ROWS, rank), floats(rank, COLUMNS)) if rank else None]
+    return native.combine, (answers, floats(ROWS, 1), y[0].copy(), [y[0].copy()], [y], vectors, sums, added)
 
 
 class Half:

@@ -12,6 +12,8 @@ using Lines = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Numbers = std::optional<Line<const float>>;
 using Vectors = std::optional<Lines<const int32_t>>;
 using Sums = std::optional<Lines<int64_t>>;
+using Floats = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
+using Added = std::optional<std::tuple<Floats, Lines<const float>>>;
 
 // Numbers from the start of a cache line on.
 template <typename T>
@@ -114,12 +116,21 @@ Refused share(const Matrix &x, const Numbers &scales, double ratio, float least_
     return refused;
 }
 
+tempo::LowRank low_rank(const std::tuple<Floats, Lines<const float>> &added, int64_t rows, int64_t columns) {
+    const auto &[low, up] = added;
+    require(int64_t(low.shape(0)) == rows && int64_t(up.shape(1)) == columns && low.shape(1) == up.shape(0),
+            "factors of what is added do not make an output");
+    require(low.shape(1) <= 1 || low.stride(1) == 1, "rows have to be contiguous");
+    return {int(low.shape(1)), low.data(), low.stride(0), up.data()};
+}
+
 void combine(const std::vector<Ints> &parts, const Lines<const float> &steps, const Numbers &scales,
              const std::vector<Numbers> &biases, const std::vector<Matrix> &outs, const Vectors &vectors,
-             const Sums &sums) {
+             const Sums &sums, const std::vector<Added> &added) {
     const int64_t rows = int64_t(steps.shape(0));
     require(steps.shape(1) == 1, "steps have to be one per row");
     require(biases.size() == outs.size(), "biases have to be as many as outputs");
+    require(added.empty() || added.size() == outs.size(), "what is added has to be as much as outputs");
     std::vector<tempo::Output> outputs;
     int64_t columns = 0;
     for (size_t i = 0; i < outs.size(); ++i) {
@@ -130,7 +141,8 @@ void combine(const std::vector<Ints> &parts, const Lines<const float> &steps, co
         require(int64_t(out.shape(0)) == rows, "outputs have to have as many rows as there are steps");
         require(!biases[i] || biases[i]->shape(0) == out.shape(1), "a bias has to be as long as its columns");
         const float *bias = biases[i] ? biases[i]->data() : nullptr;
-        outputs.push_back({out.data(), half, int64_t(out.shape(1)), out.stride(0), bias});
+        outputs.push_back({out.data(), half, int64_t(out.shape(1)), out.stride(0), bias, {}});
+        if (!added.empty() && added[i]) outputs.back().added = low_rank(*added[i], rows, outputs.back().columns);
         columns += int64_t(out.shape(1));
     }
     require(!parts.empty() && parts.size() <= size_t(tempo::kMostParts), "there are no parts, or too many");
@@ -150,7 +162,8 @@ void combine(const std::vector<Ints> &parts, const Lines<const float> &steps, co
     nb::gil_scoped_release release;
     const Memory<int32_t> integers(tempo::word_count(0));
     const Memory<uint32_t> packed(c.sums.vectors * tempo::packed_width(columns));
-    c.integers = integers.get(), c.sums.packed = packed.get();
+    const Memory<float> products(tempo::added_floats(c));
+    c.integers = integers.get(), c.sums.packed = packed.get(), c.added = products.get();
     tempo::active->combine(c);
 }
 
@@ -166,7 +179,7 @@ void bind_shares(nb::module_ &m) {
           nb::arg("seeds"), nb::arg("first"), nb::arg("out"), nb::arg("steps"), nb::arg("vectors").none(),
           nb::arg("sums").none());
     m.def("combine", &::combine, nb::arg("parts"), nb::arg("steps"), nb::arg("scales").none(), nb::arg("biases"),
-          nb::arg("outs"), nb::arg("vectors").none(), nb::arg("sums").none());
+          nb::arg("outs"), nb::arg("vectors").none(), nb::arg("sums").none(), nb::arg("added") = std::vector<Added>{});
 }
 
 }  // namespace tempo

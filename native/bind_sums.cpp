@@ -48,6 +48,38 @@ void sums(const Matrix &x, const std::optional<Matrix> &copy, const Lines<const 
     tempo::active->sums(s);
 }
 
+using Floats = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
+
+// `x vᵀ` to `of_rows`, `qᵀ x` to `of_columns`: either may be left out.
+void tall_products(const Matrix &x, const std::optional<Lines<const float>> &v, const std::optional<Floats> &of_rows,
+                   const std::optional<Floats> &q, const std::optional<Lines<float>> &of_columns) {
+    tempo::Tall t{};
+    t.x = x.data();
+    t.half = tempo::is_bfloat16(x.dtype());
+    require(t.half || x.dtype() == nb::dtype<float>(), "a matrix is float32 or bfloat16");
+    t.rows = int64_t(x.shape(0)), t.columns = int64_t(x.shape(1)), t.stride = x.stride(0);
+    require(t.columns <= 1 || x.stride(1) == 1, "rows have to be contiguous");
+    require(bool(v) == bool(of_rows) && bool(q) == bool(of_columns), "products have to go somewhere");
+    if (v) {
+        t.vectors = int(v->shape(0)), t.v = v->data(), t.of_rows = of_rows->data(), t.rows_stride = of_rows->stride(0);
+        require(int64_t(v->shape(1)) == t.columns, "vectors have to be as long as rows");
+        require(int64_t(of_rows->shape(0)) == t.rows && of_rows->shape(1) == v->shape(0),
+                "products have to be one per row and vector");
+        require(t.vectors <= 1 || of_rows->stride(1) == 1, "rows of products have to be contiguous");
+    }
+    if (q) {
+        t.weights = int(q->shape(1)), t.q = q->data(), t.q_stride = q->stride(0), t.of_columns = of_columns->data();
+        require(int64_t(q->shape(0)) == t.rows, "weights have to be as long as columns");
+        require(of_columns->shape(0) == q->shape(1) && int64_t(of_columns->shape(1)) == t.columns,
+                "products have to be one per weight and column");
+        require(t.weights <= 1 || q->stride(1) == 1, "rows of weights have to be contiguous");
+    }
+    nb::gil_scoped_release release;
+    std::vector<float> totals(totals_floats(t));
+    t.totals = totals.data();
+    tempo::active->tall_products(t);
+}
+
 }  // namespace
 
 namespace tempo {
@@ -56,6 +88,8 @@ void bind_sums(nb::module_ &m) {
     m.def("sums", &::sums, nb::arg("x"), nb::arg("copy").none(), nb::arg("v"), nb::arg("of_rows"),
           nb::arg("row_lengths"), nb::arg("q").none() = nb::none(), nb::arg("of_columns").none() = nb::none(),
           nb::arg("column_lengths").none() = nb::none());
+    m.def("tall_products", &::tall_products, nb::arg("x"), nb::arg("v").none(), nb::arg("of_rows").none(),
+          nb::arg("q").none(), nb::arg("of_columns").none());
 }
 
 }  // namespace tempo

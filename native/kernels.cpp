@@ -9,6 +9,7 @@
 #include "batch_norm.h"
 #include "rms_norm.h"
 #include "rotation.h"
+#include "low_rank.h"
 #include "shares.h"
 
 #define TEMPO_STRING(x) #x
@@ -31,6 +32,7 @@ const Table &table() {
         .rotate = rotate,
         .attend = attend,
         .differentiate_attention = differentiate_attention,
+        .tall_products = tall_products,
         .sum_rows = sum_rows,
         .combine = combine,
 #if defined(__AES__)

@@ -5,6 +5,7 @@
 #include "field.h"
 #include "haar.h"
 #include "keystream.h"
+#include "low_rank.h"
 #include "sums.h"
 
 namespace tempo::TEMPO_ISA {
@@ -163,7 +164,8 @@ inline void combine_some(const int32_t *const *parts, int part_count, float step
 }
 
 template <typename T>
-inline void combine_row(const Combination &c, const Output &to, int64_t row, int64_t start, RowSums &sums) {
+inline void combine_row(const Combination &c, const Output &to, int64_t row, int64_t start, const float *bias,
+                        RowSums &sums) {
     const bool past_caches = !to.half && worth_streaming(to.data, c.rows, to.columns, to.stride);
     const int number = c.part_count;
     const auto some = number == 2 ? combine_some<2, T> : number == 3 ? combine_some<3, T> : combine_some<0, T>;
@@ -172,7 +174,7 @@ inline void combine_row(const Combination &c, const Output &to, int64_t row, int
         const int32_t *parts[kMostParts];
         for (int p = 0; p < number; ++p) parts[p] = c.parts[p].data + row * c.parts[p].stride + column;
         some(parts, number, c.steps[row], c.scales ? c.scales + column : nullptr,
-             to.bias ? to.bias + place : nullptr, past_caches, c.integers,
+             bias ? bias + place : nullptr, past_caches, c.integers,
              static_cast<T *>(to.data) + row * to.stride + place, count);
         if (sums.wanted()) sums.add(c.integers, column, count);
     }
@@ -181,12 +183,25 @@ inline void combine_row(const Combination &c, const Output &to, int64_t row, int
 inline void combine(const Combination &c) {
     RowSums sums(c.sums);
     for (int64_t row = 0; row < c.rows; ++row) {
+        const int place = int(row % kLowRankRows);
         int64_t start = 0;
-        for (int o = 0; o < c.out_count; start += c.outs[o++].columns)
-            if (c.outs[o].half)
-                combine_row<uint16_t>(c, c.outs[o], row, start, sums);
+        float *added = c.added;
+        for (int o = 0; o < c.out_count; start += c.outs[o++].columns) {
+            const Output &to = c.outs[o];
+            const float *bias = to.bias;
+            if (to.added.rank) {
+                const int64_t stride = added_stride(to), left = c.rows - row;
+                if (!place)
+                    low_rank_rows(to.added, to.bias, row, left < kLowRankRows ? int(left) : kLowRankRows, to.columns,
+                                added, stride);
+                bias = added + place * stride;
+                added += kLowRankRows * stride;
+            }
+            if (to.half)
+                combine_row<uint16_t>(c, to, row, start, bias, sums);
             else
-                combine_row<float>(c, c.outs[o], row, start, sums);
+                combine_row<float>(c, to, row, start, bias, sums);
+        }
         sums.finish(row);
     }
     fence();

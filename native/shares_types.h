@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "low_rank_types.h"
+
 namespace tempo {
 
 constexpr int64_t kSeedBytes = 32;
@@ -76,6 +78,7 @@ struct Output {
     bool half;
     int64_t columns, stride;
     const float *bias;  // (columns), or null
+    LowRank added;
 };
 
 // Products of shares are added up, and get their scale again.
@@ -89,7 +92,16 @@ struct Combination {
     int out_count;
     FieldSums sums;       // of the sum of parts
     int32_t *integers;    // memory for `word_count(0)` numbers, in whole cache lines
+    float *added;         // memory for `added_floats` numbers
 };
+
+inline int64_t added_stride(const Output &to) { return (to.columns + 15) / 16 * 16; }
+inline int64_t added_floats(const Combination &c) {
+    int64_t count = 0;
+    for (int o = 0; o < c.out_count; ++o)
+        if (c.outs[o].added.rank) count += kMostLowRankRows * added_stride(c.outs[o]);
+    return count;
+}
 
 inline int64_t word_count(int seeds) { return (seeds + 1) * kAhead + 16; }
 

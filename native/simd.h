@@ -138,27 +138,27 @@ inline float sum(Vector v) {
 inline void transpose(Vector (&v)[16]) {
     Vector t[16];
     for (int i = 0; i < 16; i += 2) {
-        t[i] = (Vector)_mm512_unpacklo_ps((__m512)v[i], (__m512)v[i + 1]);
-        t[i + 1] = (Vector)_mm512_unpackhi_ps((__m512)v[i], (__m512)v[i + 1]);
+        t[i] = (Vector)_mm512_maskz_unpacklo_ps(0xffff, (__m512)v[i], (__m512)v[i + 1]);
+        t[i + 1] = (Vector)_mm512_maskz_unpackhi_ps(0xffff, (__m512)v[i], (__m512)v[i + 1]);
     }
     for (int i = 0; i < 16; i += 4) {
         __m512d a = (__m512d)t[i], b = (__m512d)t[i + 1], c = (__m512d)t[i + 2], d = (__m512d)t[i + 3];
-        v[i] = (Vector)_mm512_unpacklo_pd(a, c);
-        v[i + 1] = (Vector)_mm512_unpackhi_pd(a, c);
-        v[i + 2] = (Vector)_mm512_unpacklo_pd(b, d);
-        v[i + 3] = (Vector)_mm512_unpackhi_pd(b, d);
+        v[i] = (Vector)_mm512_maskz_unpacklo_pd(0xff, a, c);
+        v[i + 1] = (Vector)_mm512_maskz_unpackhi_pd(0xff, a, c);
+        v[i + 2] = (Vector)_mm512_maskz_unpacklo_pd(0xff, b, d);
+        v[i + 3] = (Vector)_mm512_maskz_unpackhi_pd(0xff, b, d);
     }
     for (int i = 0; i < 4; ++i) {
-        t[i] = (Vector)_mm512_shuffle_f32x4((__m512)v[i], (__m512)v[i + 4], 0x88);
-        t[i + 4] = (Vector)_mm512_shuffle_f32x4((__m512)v[i], (__m512)v[i + 4], 0xdd);
-        t[i + 8] = (Vector)_mm512_shuffle_f32x4((__m512)v[i + 8], (__m512)v[i + 12], 0x88);
-        t[i + 12] = (Vector)_mm512_shuffle_f32x4((__m512)v[i + 8], (__m512)v[i + 12], 0xdd);
+        t[i] = (Vector)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)v[i], (__m512)v[i + 4], 0x88);
+        t[i + 4] = (Vector)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)v[i], (__m512)v[i + 4], 0xdd);
+        t[i + 8] = (Vector)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)v[i + 8], (__m512)v[i + 12], 0x88);
+        t[i + 12] = (Vector)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)v[i + 8], (__m512)v[i + 12], 0xdd);
     }
     for (int i = 0; i < 4; ++i) {
-        v[i] = (Vector)_mm512_shuffle_f32x4((__m512)t[i], (__m512)t[i + 8], 0x88);
-        v[i + 4] = (Vector)_mm512_shuffle_f32x4((__m512)t[i + 4], (__m512)t[i + 12], 0x88);
-        v[i + 8] = (Vector)_mm512_shuffle_f32x4((__m512)t[i], (__m512)t[i + 8], 0xdd);
-        v[i + 12] = (Vector)_mm512_shuffle_f32x4((__m512)t[i + 4], (__m512)t[i + 12], 0xdd);
+        v[i] = (Vector)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)t[i], (__m512)t[i + 8], 0x88);
+        v[i + 4] = (Vector)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)t[i + 4], (__m512)t[i + 12], 0x88);
+        v[i + 8] = (Vector)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)t[i], (__m512)t[i + 8], 0xdd);
+        v[i + 12] = (Vector)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)t[i + 4], (__m512)t[i + 12], 0xdd);
     }
 }
 #elif defined(__AVX2__)

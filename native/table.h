@@ -5,6 +5,7 @@
 #include "sandwich_types.h"
 #include "sums_types.h"
 #include "layers_types.h"
+#include "low_rank_types.h"
 #include "shares_types.h"
 
 namespace tempo {
@@ -23,6 +24,7 @@ struct Table {
     void (*rotate)(const Rotation &);
     void (*attend)(const Attention &);
     void (*differentiate_attention)(const Attention &);
+    void (*tall_products)(const Tall &);
     void (*sum_rows)(const FieldRows &);
     void (*combine)(const Combination &);
     void (*expand)(const Expansion &);  // this and the next are null without instructions for AES

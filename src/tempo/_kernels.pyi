@@ -33,6 +33,11 @@ def sums(
     column_lengths: Tensor | None = None,
 ) -> None: ...
 
+# Products of a tall matrix with a few vectors on either side.
+def tall_products(
+    x: Tensor, v: Tensor | None, of_rows: Tensor | None, q: Tensor | None, of_columns: Tensor | None
+) -> None: ...
+
 # Of scheme `split`.
 def sum_rows(x: Tensor, vectors: Tensor, out: Tensor) -> None: ...
 
@@ -59,6 +64,7 @@ def combine(
     outs: Sequence[Tensor],
     vectors: Tensor | None,
     sums: Tensor | None,
+    added: Sequence[tuple[Tensor, Tensor] | None] = ...,
 ) -> None: ...
 
 # Of trusted layers: float32 operands; what is computed goes into the last ones.

@@ -25,6 +25,8 @@ except ImportError:  # installed without a compiler
 TORCH: Final = "torch"
 DTYPES: Final = (torch.float32, torch.bfloat16)
 """Of the matrices that kernels read and write."""
+_ELEMENTS: Final = 1 << 17
+"""Of a matrix that are worth a thread."""
 _chosen = os.environ.get("TEMPO_KERNELS", "") or None
 
 
@@ -72,6 +74,11 @@ def in_parts(work: Callable[[int, int], None], size: int, least: int) -> None:
         return
     edges = [size * i // threads for i in range(threads + 1)]
     list(_pool(os.getpid(), threads).map(work, edges, edges[1:]))
+
+
+def rows_in_parts(work: Callable[[slice], None], rows: int, columns: int) -> None:
+    """Call ``work`` for parts of the ``rows`` of a matrix, as `in_parts` does."""
+    in_parts(lambda first, last: work(slice(first, last)), rows, max(1, _ELEMENTS // max(1, columns)))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Offloaded products as PyTorch's autograd sees them.
+"""Offloaded products, and adapters beside them, as PyTorch's autograd sees them.
 
 Two nodes per product. `_Offload` computes ``Y`` and, going back, sends ``G`` and returns ``dX`` as soon as it is there.
 `_WeightGate` sits between the weight and `_Offload`; it awaits ``dW``, which nobody needs before the optimizer. The
@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tempo.engine.adapters import Adapters, Operands
+from tempo.engine.call import Finish
 from tempo.engine.product import Product
+from tempo.schemes.low_rank import LowRank
 
 
 class _Pending:
@@ -47,26 +50,29 @@ class _WeightGate(torch.autograd.Function):
 
 
 class _Offload(torch.autograd.Function):
-    """``Y_k = X W_kᵀ + b_k`` for every member ``k`` of a product, on workers."""
+    """``Y_k = X W_kᵀ + b_k`` for every member ``k`` of a product, on workers, and what its adapter adds, from here."""
 
     @staticmethod
     def forward(
         ctx: Any,
         product: Product,
-        weights: Sequence[Tensor],
+        members: Sequence[Operands],
         pending: Sequence[_Pending | None],
         x: Tensor,
-        *tokens_and_biases: Tensor | None,
+        *differentiable: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        members = len(weights)
-        biases = tokens_and_biases[members:]
+        weights, of_members = [member.weight for member in members], [member.adapter for member in members]
         with torch.autocast(x.device.type, enabled=False):
-            outputs, call = product.call(x, weights, biases, keep=any(p is not None for p in pending))
+            adapters = Adapters(of_members, x.dtype) if any(of_members) else None
+            biases, keep = [member.bias for member in members], any(p is not None for p in pending)
+            outputs, call = product.call(x, weights, biases, adapters, keep=keep)
         # Of a weight that lives on a worker there is nothing to save, and hooks would have to read it.
-        ctx.save_for_backward(x, *(weights if call.residence is None else ()))
-        ctx.product, ctx.call, ctx.pending = product, call, pending
+        saved = weights if call.residence is None else []
+        factors = [factor for adapter in of_members if adapter for factor in (adapter.a, adapter.b)]
+        ctx.save_for_backward(x, *saved, *factors)
+        ctx.product, ctx.call, ctx.pending, ctx.adapters = product, call, pending, adapters
         ctx.shapes = [y.shape for y in outputs]
-        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        ctx.dtypes = [None if t is None else t.dtype for t in differentiable]
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -76,9 +82,9 @@ class _Offload(torch.autograd.Function):
         members = len(gradients)
         needs_x, *needs = ctx.needs_input_grad[3:]
         # A member whose output went unused has no gradient at all, as in plain PyTorch: not one of zeros.
-        needs_w, needs_b = (
-            [need and g is not None for need, g in zip(part, gradients, strict=True)]
-            for part in (needs[:members], needs[members:])
+        needs_w, needs_bias, needs_a, needs_b = (
+            [need and g is not None for need, g in zip(needs[first : first + members], gradients, strict=True)]
+            for first in range(0, len(needs), members)
         )
         used = [g for g in gradients if g is not None]
         with ctx.product.engine.stats.timed("mask", "g", ctx.product.name):
@@ -86,36 +92,46 @@ class _Offload(torch.autograd.Function):
             needless = ctx.product.scheme.traits.exact
             totals = [
                 None if g is None or (needless and not need) else g.sum([0, *range(2, g.dim())])
-                for g, need in zip(gradients, needs_b, strict=True)
+                for g, need in zip(gradients, needs_bias, strict=True)
             ]
             for g, total in zip(gradients, totals, strict=True):
                 if g is not None and total is not None:
                     ctx.product.engine.warn_if_not_finite(ctx.product.name, g, total)
-        dx = None
+        # Unpacked once at most: under `torch.utils.checkpoint` each time would recompute.
+        saved = cache(partial(_saved, ctx))
+        finish: Finish | None = None
         if used and (needs_x or any(needs_w)):
             whole = [used[0].new_zeros(s) if g is None else g for g, s in zip(gradients, ctx.shapes, strict=True)]
             g = whole[0] if members == 1 else torch.cat(whole, 1)
-            # Unpacked once at most: under `torch.utils.checkpoint` each time would recompute.
-            saved = cache(partial(_saved, ctx))
             if any(needs_w) and not all(needs_w) and ctx.call.residence is not None:
                 ctx.call.residence.end("only some of the outputs that it has with others are used")
-            dx, weight_gradients = ctx.call.backward(g, saved, want_dx=needs_x, want_dw=any(needs_w))
+            finish = ctx.call.begin_backward(g, saved, want_dx=needs_x, want_dw=any(needs_w))
+        back: LowRank | None = None
+        of_a: Sequence[Tensor | None] = [None] * members
+        of_b: Sequence[Tensor | None] = [None] * members
+        if ctx.adapters is not None and used:  # while workers compute
+            back, of_a, of_b = ctx.adapters.differentiate(lambda: saved()[0], gradients, needs_x, needs_a, needs_b)
+        dx = None
+        if finish is not None:
+            dx, weight_gradients = finish(back)
             if weight_gradients is not None:
                 _hand_over(weight_gradients, ctx.pending)
         tokens = [
             g.new_zeros(0) if need and g is not None else None for g, need in zip(gradients, needs_w, strict=True)
         ]
-        biases = [
-            total.to(dtype) if need and total is not None else None
-            for total, need, dtype in zip(totals, needs_b, ctx.bias_dtypes, strict=True)
+        found, wanted = [*tokens, *totals, *of_a, *of_b], [*needs_w, *needs_bias, *needs_a, *needs_b]
+        given = [
+            g.to(dtype) if need and g is not None else None
+            for g, need, dtype in zip(found, wanted, ctx.dtypes, strict=True)
         ]
-        return None, None, None, dx, *tokens, *biases
+        return None, None, None, dx, *given
 
 
 def _saved(ctx: Any) -> tuple[Tensor, list[Tensor]]:
     """The input and the weights; raises as PyTorch does where they were changed since."""
-    x, *weights = ctx.saved_tensors
-    return x.detach(), weights if ctx.call.residence is None else list(ctx.call.residence.parameters)
+    x, *others = ctx.saved_tensors
+    resident = ctx.call.residence
+    return x.detach(), others[: len(ctx.shapes)] if resident is None else list(resident.parameters)
 
 
 def _hand_over(weight_gradients: Callable[[], list[Tensor]], pending: Sequence[_Pending | None]) -> None:
@@ -132,23 +148,20 @@ def _hand_over(weight_gradients: Callable[[], list[Tensor]], pending: Sequence[_
             gate.await_gradient = partial(part, index)
 
 
-def offload(
-    product: Product, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
-    """Compute a product on workers, differentiably.
+def offload(product: Product, x: Tensor, members: Sequence[Operands]) -> tuple[Tensor, ...]:
+    """Compute a product on workers, and its members' adapters here, differentiably.
 
     Args:
         product: What to compute.
         x: Rows first, features second, in the compute dtype.
-        weights: The members' weights, output features first, in their own dtype.
-        biases: One per member, or None.
+        members: Weights in their own dtype, biases and adapters.
 
     Returns:
         One output per member, in ``x``'s dtype.
     """
     tokens: list[Tensor | None] = []
     pending: list[_Pending | None] = []
-    for weight in weights:
+    for weight, _, _ in members:
         if torch.is_grad_enabled() and weight.requires_grad:
             gate = _Pending()
             token = _WeightGate.apply(weight, gate)
@@ -158,5 +171,8 @@ def offload(
         else:
             pending.append(None)
             tokens.append(None)
-    outputs: tuple[Tensor, ...] = _Offload.apply(product, weights, pending, x, *tokens, *biases)
+    biases = [member.bias for member in members]
+    a = [None if member.adapter is None else member.adapter.a for member in members]
+    b = [None if member.adapter is None else member.adapter.b for member in members]
+    outputs: tuple[Tensor, ...] = _Offload.apply(product, members, pending, x, *tokens, *biases, *a, *b)
     return outputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from tempo.engine.dtypes import answer_dtype
 from tempo.engine.geometry import flops, output_shape
 from tempo.errors import WorkerError
 from tempo.schemes.base import EncodedGradient, EncodedInput, Operand, Recall, Target
+from tempo.schemes.low_rank import LowRank, add_all, watched
 from tempo.schemes.sandwich import add_biases
 from tempo.verify.checks import InputCheck
 from tempo.wire.messages import Backward, Forward
@@ -29,6 +30,13 @@ Saved = Callable[[], tuple[Tensor, list[Tensor]]]
 
 Gradients = tuple[Tensor | None, Callable[[], list[Tensor]] | None]
 """``dX``, and what awaits ``dW``, as far as wanted."""
+
+
+class Finish(Protocol):
+    """Awaits and unmasks gradients; ``dX`` gets ``added`` besides."""
+
+    def __call__(self, added: LowRank | None = None, /) -> Gradients:
+        """Once."""
 
 
 class WeightGradients:
@@ -136,16 +144,27 @@ class Call:
                 engine.stats.flops_offloaded += flops(kind, shape_x, shape_w)
         return batch
 
-    def finish(self, batch: Batch, x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
-        """Await ``y~``, unmask, add ``biases``. ``x`` is only for the record of the truth, if any."""
+    def finish(
+        self, batch: Batch, x: Tensor, biases: Sequence[Tensor | None], added: Sequence[LowRank | None]
+    ) -> list[Tensor]:
+        """Await ``y~``, unmask, add ``biases`` and ``added``. ``x`` is only for the record of the truth, if any."""
         engine = self.product.engine
         self.stored.confirm()
+        at_once = self._adds_at_once()
         with batch.replies("y") as replies:
-            outputs = self.encoded.decode_output(replies, self.sizes, None if engine.truth else biases)
+            outputs = self.encoded.decode_output(
+                replies, self.sizes, () if engine.truth else biases, added if at_once else ()
+            )
         if engine.truth is not None:
             self._record(batch, x, outputs)
             add_biases(outputs, biases)
+        if not at_once:
+            add_all(outputs, added)
         return outputs
+
+    def _adds_at_once(self) -> bool:
+        """Whether what adapters add may be added while an answer is decoded, which is not what is seen of it."""
+        return self.product.engine.truth is None and not watched()
 
     def resend(self, x: Tensor) -> None:
         """Send ``x~`` to be kept, for a gradient that follows; no output is wanted."""
@@ -185,11 +204,7 @@ class Call:
             self._resent.acknowledged()
             self._resent = None
 
-    def backward(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Gradients:
-        """Send ``g~``; return ``dX`` at once, and what awaits and unmasks ``dW`` later."""
-        return self.begin_backward(g, saved, want_dx=want_dx, want_dw=want_dw)()
-
-    def begin_backward(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Callable[[], Gradients]:
+    def begin_backward(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Finish:
         """Send ``g~``; return what awaits and unmasks the gradients.
 
         Where the scheme would rather not send rows of ``g`` that are zero, the others go out in a call of their own.
@@ -222,23 +237,36 @@ class Call:
             failed(error)
             return again
 
-        def finish_or_again() -> Gradients:
+        def finish_or_again(added: LowRank | None = None, /) -> Gradients:
             try:
-                return finish()
+                return finish(added)
             except WorkerError as error:
                 failed(error)
-            return again()
+            return again(added)
 
         return finish_or_again
 
-    def _again(self, g: Tensor, saved: Saved, rows: Tensor | None, *, want_dx: bool, want_dw: bool) -> Gradients:
+    def _again(
+        self,
+        g: Tensor,
+        saved: Saved,
+        rows: Tensor | None,
+        added: LowRank | None = None,
+        *,
+        want_dx: bool,
+        want_dw: bool,
+    ) -> Gradients:
         """Under fresh masks; only ``rows``, unless that is None."""
         product, (x, weights) = self.product, saved()
         if rows is None:
-            return product.repeat(x, weights, g, want_dx=want_dx, want_dw=want_dw)
-        live = x.index_select(0, rows), weights, g.index_select(0, rows)
-        part, dw = product.repeat(*live, want_dx=want_dx, want_dw=want_dw)
-        return None if part is None else x.new_zeros(x.shape).index_copy_(0, rows, part), dw
+            dx, dw = product.repeat(x, weights, g, want_dx=want_dx, want_dw=want_dw)
+        else:
+            live = x.index_select(0, rows), weights, g.index_select(0, rows)
+            part, dw = product.repeat(*live, want_dx=want_dx, want_dw=want_dw)
+            dx = None if part is None else x.new_zeros(x.shape).index_copy_(0, rows, part)
+        if dx is not None and added is not None:
+            added.add_to(dx)
+        return dx, dw
 
     def _still_holds(self, want_dw: bool) -> bool:
         """Whether the weight is where it was in the forward pass, if it has to take a gradient there.
@@ -256,7 +284,7 @@ class Call:
         """
         return self.begin_sending(g, saved, want_dx=want_dx, want_dw=want_dw)()
 
-    def begin_sending(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Callable[[], Gradients]:
+    def begin_sending(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Finish:
         """Send ``g~`` as it is; return what awaits and unmasks the gradients. Either may raise as `send`."""
         engine, residence = self.product.engine, self.residence if want_dw else None
         kind = self.product.scheme.asks(self.product.kind)
@@ -277,7 +305,7 @@ class Call:
                 for operand in encoded.operands:
                     engine.links[operand.worker].buffers.release(operand.tensors["g"])
                 residence.end("rows or features that are zero had to be filled")
-                return partial(self.product.repeat, *saved(), g, want_dx=want_dx, want_dw=want_dw)
+                return partial(self._again, g, saved, None, want_dx=want_dx, want_dw=want_dw)
             residence.accumulates(saved()[0], g)
         engine.stats.encryptions["g"] += 1
         engine.backward_seen()
@@ -308,16 +336,18 @@ class Call:
             self.stored.unconfirmed.append(batch)
         dw = WeightGradients(self, batch, encoded, g, saved) if answered else None
 
-        def finish() -> Gradients:
+        def finish(added: LowRank | None = None, /) -> Gradients:
             engine.settle()  # while workers compute what was just sent
-            dx = None
+            dx, at_once = None, self._adds_at_once()
             if want_dx:
                 with batch.replies("dx") as replies:
-                    dx = encoded.decode_input_gradient(replies)
+                    dx = encoded.decode_input_gradient(replies, added if at_once else None)
             if engine.truth is not None:
                 for operand in encoded.operands:
                     plain = {"g": _part(g, operand)} | ({} if dx is None else {"dx": dx[operand.rows]})
                     engine.truth.record(batch.posted[operand.worker], "backward", plain)
+            if dx is not None and added is not None and not at_once:
+                added.add_to(dx)
             return dx, dw
 
         return finish

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tempo.engine.call import Call, Gradients, Saved
+    from tempo.engine.call import Call, Finish, Gradients, Saved
+    from tempo.schemes.low_rank import LowRank
 
 
 class CallInParts:
@@ -26,16 +27,20 @@ class CallInParts:
         self._calls = calls
         self._rows: list[int] = [call.shapes[0][0] for call in calls]
 
-    def backward(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Gradients:
-        """Send all parts of ``g~`` before any gradient is awaited; otherwise as `Call.backward`."""
+    def begin_backward(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Finish:
+        """Send all parts of ``g~`` before any gradient is awaited; otherwise as `Call.begin_backward`."""
         wants = {"want_dx": want_dx, "want_dw": want_dw}
         end, finishes = 0, []
         for call, part in zip(self._calls, g.split(self._rows), strict=True):
             rows = slice(end, end := end + len(part))
-            finishes.append(call.begin_backward(part, partial(_of_rows, saved, rows), **wants))
-        found = [finish() for finish in finishes]
-        dx = torch.cat([part for part, _ in found if part is not None]) if want_dx else None
-        return dx, partial(_sum, [dw for _, dw in found if dw is not None]) if want_dw else None
+            finishes.append((call.begin_backward(part, partial(_of_rows, saved, rows), **wants), rows))
+
+        def finish(added: LowRank | None = None, /) -> Gradients:
+            found = [one(None if added is None else added.of_rows(rows)) for one, rows in finishes]
+            dx = torch.cat([part for part, _ in found if part is not None]) if want_dx else None
+            return dx, partial(_sum, [dw for _, dw in found if dw is not None]) if want_dw else None
+
+        return finish
 
 
 def _of_rows(saved: Saved, rows: slice) -> tuple[Tensor, list[Tensor]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tempo.engine.adapters import Adapters
 from tempo.engine.away import residence_of
 from tempo.engine.call import Call, Gradients
 from tempo.engine.dtypes import answer_dtype, masked_dtype
@@ -62,7 +63,13 @@ class Product:
         return meant(self.kind, "x", self.engine.empty(worker, sent_shape(self.kind, "x", shape), dtype))
 
     def call(
-        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, keep: bool
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        adapters: Adapters | None,
+        *,
+        keep: bool,
     ) -> tuple[list[Tensor], Call | CallInParts]:
         """Compute ``Y`` on workers, in as many parts as pay.
 
@@ -70,6 +77,7 @@ class Product:
             x: Input, rows first, features second.
             weights: Weights of the members, each output features first.
             biases: What to add to each member's output, one number for each feature, or None.
+            adapters: What to add besides, if anything.
             keep: Whether a weight gradient may be wanted: workers then keep the masked input.
 
         Returns:
@@ -89,7 +97,12 @@ class Product:
                         self._encode(piece, weights, keep=keep, again=False, first=calls[0] if calls else None)
                     )
                     batches.append(calls[-1].begin())
-                found = [c.finish(b, p, biases) for c, b, p in zip(calls, batches, pieces, strict=True)]
+                added = [None] * len(weights) if adapters is None else adapters.added(x)  # while workers compute
+                end, found = 0, []
+                for call, batch, piece in zip(calls, batches, pieces, strict=True):
+                    rows = slice(end, end := end + len(piece))
+                    of_piece = [None if one is None else one.of_rows(rows) for one in added]
+                    found.append(call.finish(batch, piece, biases, of_piece))
                 if len(calls) == 1:
                     return found[0], calls[0]
                 return [torch.cat(outputs) for outputs in zip(*found, strict=True)], CallInParts(calls)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tempo.engine.adapters import Operands
 from tempo.engine.dtypes import compute_dtype
 from tempo.engine.product import Product
 from tempo.wire.messages import Linear
@@ -17,8 +18,8 @@ from tempo.wire.messages import Linear
 if TYPE_CHECKING:
     from tempo.engine.site import Site
 
-Parameters = Callable[[], tuple[Tensor, Tensor | None]]
-"""Gives a site's current weight (output features first) and bias."""
+Parameters = Callable[[], Operands]
+"""Gives what a site multiplies by and adds now."""
 
 MAX_MISSES = 8
 """A group whose members went unused this often in a row is dissolved."""
@@ -39,19 +40,25 @@ class _Seen:
 class Stash:
     """An output computed ahead of its layer's call, and everything it depends on."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        self._seen = [_Seen(t) for t in (x, weight, bias) if t is not None]
-        self._mode = (torch.is_grad_enabled(), compute_dtype(x, weight))
+    def __init__(self, x: Tensor, operands: Operands, y: Tensor) -> None:
+        self._seen = [_Seen(t) for t in (x, *operands.tensors)]
+        self._mode = _mode(x, operands)
         self.y = y
 
-    def holds_for(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    def holds_for(self, x: Tensor, operands: Operands) -> bool:
         """Whether a call with these tensors would give this output."""
-        now = [t for t in (x, weight, bias) if t is not None]
+        now = [x, *operands.tensors]
         return (
             len(now) == len(self._seen)
-            and self._mode == (torch.is_grad_enabled(), compute_dtype(x, weight))
+            and self._mode == _mode(x, operands)
             and all(seen.same(t) for seen, t in zip(self._seen, now, strict=True))
         )
+
+
+def _mode(x: Tensor, operands: Operands) -> tuple[object, ...]:
+    """What an output depends on besides tensors."""
+    scale = None if operands.adapter is None else operands.adapter.scale
+    return torch.is_grad_enabled(), compute_dtype(x, operands.weight), scale
 
 
 class Group:
@@ -68,30 +75,28 @@ class Group:
         first = members[0][0]
         self.product = Product(first.engine, " + ".join(site.name for site, _ in members), Linear(), first.scheme)
 
-    def starting_with(
-        self, leader: Site, weight: Tensor, bias: Tensor | None
-    ) -> list[tuple[Site, Tensor, Tensor | None]]:
-        """The members and their parameters, ``leader`` with its own first; empty where they do not fit any more."""
+    def starting_with(self, leader: Site, operands: Operands) -> list[tuple[Site, Operands]]:
+        """The members and their operands, ``leader`` with its own first; empty where they do not fit any more."""
         self.misses += 1
-        found = [(leader, weight, bias)]
+        found, weight = [(leader, operands)], operands.weight
         for ref, parameters in self.members:
             site = ref()
             if site is None or self.misses > MAX_MISSES:
                 leader.engine.sharing.dissolve(self)
                 return []
             if site is not leader:
-                found.append((site, *parameters()))
-        fits = all(w.shape[1] == weight.shape[1] and w.dtype == weight.dtype for _, w, _ in found)
-        fits = fits and not any(site.secret(w) for site, w, _ in found[1:])
-        return found if fits and leader.engine.together([w for _, w, _ in found]) else []
+                found.append((site, parameters()))
+        weights = [one.weight for _, one in found]
+        fits = all(w.shape[1] == weight.shape[1] and w.dtype == weight.dtype for w in weights)
+        fits = fits and not any(site.secret(one.weight) for site, one in found[1:])
+        return found if fits and leader.engine.together(weights) else []
 
-    def compute(self, members: list[tuple[Site, Tensor, Tensor | None]], x: Tensor) -> Tensor:
+    def compute(self, members: list[tuple[Site, Operands]], x: Tensor) -> Tensor:
         """Compute all members' outputs; stash all but the first, which is returned."""
         leader = members[0][0]
-        weights, biases = [weight for _, weight, _ in members], [bias for _, _, bias in members]
-        first, *others = leader.compute(self.product, x, weights, biases)
-        for (site, weight, bias), y in zip(members[1:], others, strict=True):
-            site.stash(Stash(x, weight, bias, y))
+        first, *others = leader.compute(self.product, x, [operands for _, operands in members])
+        for (site, operands), y in zip(members[1:], others, strict=True):
+            site.stash(Stash(x, operands, y))
         return first
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from tempo.engine.adapters import Operands
 from tempo.engine.autograd import offload
 from tempo.engine.away import residence_of
 from tempo.engine.dtypes import WIRE_DTYPES, compute_dtype
@@ -96,7 +97,8 @@ class Site:
 
     def linear(self, x: Tensor, parameters: Parameters, trusted: Callable[[], Tensor]) -> Tensor:
         """A fully connected layer on ``x`` of shape (..., features); ``trusted`` computes the same here."""
-        weight, bias = parameters()
+        operands = parameters()
+        weight = operands.weight
         if x.is_nested or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
             return trusted()  # computes, or raises, what plain PyTorch does
         rows = x.numel() // max(1, x.shape[-1])
@@ -107,14 +109,14 @@ class Site:
             self._stay(x, weight)
             return trusted()
         if self.engine.sharing.possible(x, weight):
-            given = self._take_stashed(x, weight, bias)
+            given = self._take_stashed(x, operands)
             if given is not None:
                 return given
             if self.group is None:
                 self.engine.sharing.noticed(self, x, parameters)
-            if self.group is not None and (members := self.group.starting_with(self, weight, bias)):
+            if self.group is not None and (members := self.group.starting_with(self, operands)):
                 return self.group.compute(members, x)
-        (y,) = self.compute(self._product(Linear()), x, [weight], [bias])
+        (y,) = self.compute(self._product(Linear()), x, [operands])
         return y
 
     def convolution(
@@ -135,14 +137,14 @@ class Site:
         if broken := self.scheme.traits.known_breaks.get("spatial-convolution"):
             self.engine.warn_once(f"scheme {self.scheme.name!r}: {broken}", ProtectionWarning)
         self._warn_of_span(x)
-        (y,) = offload(self._product(kind), x.to(compute_dtype(x, weight)), [weight], [bias])
+        (y,) = offload(self._product(kind), x.to(compute_dtype(x, weight)), [Operands(weight, bias)])
         return y
 
     def _pointwise(self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Conv) -> Tensor:
         """A 1×1 convolution is a fully connected layer over pixels, so its rows get a full row mask."""
         strided = x[(slice(None), slice(None), *(slice(None, None, step) for step in kind.stride))]
         pixels = strided.movedim(1, -1)
-        (y,) = self.compute(self._product(Linear()), pixels, [weight.flatten(1)], [bias])
+        (y,) = self.compute(self._product(Linear()), pixels, [Operands(weight.flatten(1), bias)])
         return _as_maps(y, kind)
 
     def _unfolded(
@@ -154,7 +156,7 @@ class Site:
         if not self._goes_out(Linear(), (batch * prod(positions), flat.shape[1]), x, flat):
             self._stay(x, weight)
             return trusted()
-        (y,) = self.compute(self._product(Linear()), patches(x, kind, kernel), [flat], [bias])
+        (y,) = self.compute(self._product(Linear()), patches(x, kind, kernel), [Operands(flat, bias)])
         return _as_maps(y, kind)
 
     def _warn_of_span(self, x: Tensor) -> None:
@@ -169,10 +171,10 @@ class Site:
                 ProtectionWarning,
             )
 
-    def compute(self, product: Product, x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    def compute(self, product: Product, x: Tensor, members: list[Operands]) -> list[Tensor]:
         """Send ``x`` of shape (..., features) out as rows."""
-        flat = x.reshape(-1, x.shape[-1]).to(compute_dtype(x, weights[0]))
-        outputs = offload(product, flat, weights, biases)
+        flat = x.reshape(-1, x.shape[-1]).to(compute_dtype(x, members[0].weight))
+        outputs = offload(product, flat, members)
         return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
     def _goes_out(self, kind: Linear | Conv, shape: tuple[int, ...], x: Tensor, weight: Tensor) -> bool:
@@ -249,10 +251,10 @@ class Site:
             self._products[kind] = Product(self.engine, self.name, kind, self.scheme)
         return self._products[kind]
 
-    def _take_stashed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    def _take_stashed(self, x: Tensor, operands: Operands) -> Tensor | None:
         """The output that a neighbour's call already brought for this very input, if it still holds."""
         stash, self._stash = self._stash, None
-        if stash is None or not stash.holds_for(x, weight, bias):
+        if stash is None or not stash.holds_for(x, operands):
             return None
         if self.group is not None:
             self.group.misses = 0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tempo.engine.adapters import Operands
 from tempo.engine.site import Site
 from tempo.layers.base import Protected
 from tempo.trusted.attention import scaled_dot_product_attention
@@ -58,7 +59,7 @@ class Projections(Site):
         key = self.names.get(id(weight)) or f"in@{weight.storage_offset()}+{len(weight)}"
         if key not in self.parts:
             self.parts[key] = Site(self.engine, f"{self.name}[{key}]", self.scheme, self.keep_trusted)
-        y: Tensor = self.parts[key].linear(x, lambda: (weight, bias), lambda: F.linear(x, weight, bias))
+        y: Tensor = self.parts[key].linear(x, lambda: Operands(weight, bias), lambda: F.linear(x, weight, bias))
         return y
 
 

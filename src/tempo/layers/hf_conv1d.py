@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from tempo.engine.adapters import Operands
 from tempo.layers.base import Protected
 
 
@@ -16,5 +17,9 @@ class ProtectedHFConv1D(Protected, Conv1D):
     def forward(self, x: Tensor) -> Tensor:
         """``x @ weight + bias``, for input of shape (..., nx)."""
         plain = super().forward
-        y: Tensor = self._tempo.linear(x, lambda: (self.weight.t(), self.bias), lambda: plain(x))
+        y: Tensor = self._tempo.linear(x, self.operands, lambda: plain(x))
         return y
+
+    def operands(self) -> Operands:
+        """Its weight, output features first, and bias now."""
+        return Operands(self.weight.t(), self.bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tempo.engine.adapters import Operands
 from tempo.layers.base import Protected
 
 
@@ -17,5 +18,9 @@ class ProtectedLinear(Protected, nn.Linear):
         if self._tempo.stays(input, self.weight):
             return super().forward(input)
         plain = super().forward
-        y: Tensor = self._tempo.linear(input, lambda: (self.weight, self.bias), lambda: plain(input))
+        y: Tensor = self._tempo.linear(input, self.operands, lambda: plain(input))
         return y
+
+    def operands(self) -> Operands:
+        """Its weight and bias now."""
+        return Operands(self.weight, self.bias)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from tempo.keys import Key
+from tempo.schemes.low_rank import LowRank
 from tempo.schemes.reply import Reply
 from tempo.settings import Settings
 from tempo.wire.messages import Conv, Product, Rule
@@ -126,8 +127,8 @@ class EncodedGradient(ABC):
         return True
 
     @abstractmethod
-    def decode_input_gradient(self, replies: dict[int, Reply]) -> Tensor:
-        """``dX`` from the workers' ``dx``, keyed by worker."""
+    def decode_input_gradient(self, replies: dict[int, Reply], added: LowRank | None = None) -> Tensor:
+        """``dX`` from the workers' ``dx``, keyed by worker, plus what is ``added``."""
 
     @abstractmethod
     def decode_weight_gradient(self, replies: dict[int, Reply], sizes: Sequence[int]) -> list[Tensor]:
@@ -145,9 +146,20 @@ class EncodedInput(ABC):
 
     @abstractmethod
     def decode_output(
-        self, replies: dict[int, Reply], sizes: Sequence[int], biases: Sequence[Tensor | None] | None = None
+        self,
+        replies: dict[int, Reply],
+        sizes: Sequence[int],
+        biases: Sequence[Tensor | None] = (),
+        added: Sequence[LowRank | None] = (),
     ) -> list[Tensor]:
-        """``Y`` from the workers' ``y``, keyed by worker, in pieces of ``sizes`` features, each plus its bias."""
+        """``Y`` from the workers' ``y``, keyed by worker.
+
+        Args:
+            replies: Their answers.
+            sizes: Of pieces of the features.
+            biases: What each piece gets besides, one number for each feature, or None; empty: nothing.
+            added: And this, or None; empty: nothing.
+        """
 
     @abstractmethod
     def encode_gradient(

@@ -25,6 +25,7 @@ from tempo.schemes.base import (
     Recall,
     Target,
 )
+from tempo.schemes.low_rank import LowRank, add_all
 from tempo.schemes.reply import Reply
 from tempo.schemes.sandwich import add_biases
 
@@ -110,12 +111,17 @@ class DividedInput(EncodedInput):
         raise KeyError(worker)
 
     def decode_output(
-        self, replies: dict[int, Reply], sizes: Sequence[int], biases: Sequence[Tensor | None] | None = None
+        self,
+        replies: dict[int, Reply],
+        sizes: Sequence[int],
+        biases: Sequence[Tensor | None] = (),
+        added: Sequence[LowRank | None] = (),
     ) -> list[Tensor]:
         """Put each part's columns where they belong."""
         pieces = [part.decode_output(_of(replies, part.operands), [len(columns)])[0] for columns, part in self.parts]
         merged = _merged([columns for columns, _ in self.parts], pieces, 1, sizes)
         add_biases(merged, biases or [None] * len(merged))
+        add_all(merged, added)
         return merged
 
     def encode_gradient(
@@ -137,11 +143,12 @@ class DividedGradient(EncodedGradient):
         self.parts = parts
         self.operands = [o for columns, part in parts for o in _addressed(part.operands, columns)]
 
-    def decode_input_gradient(self, replies: dict[int, Reply]) -> Tensor:
+    def decode_input_gradient(self, replies: dict[int, Reply], added: LowRank | None = None) -> Tensor:
         """The sum of the parts'."""
         first, *others = (part.decode_input_gradient(_of(replies, part.operands)) for _, part in self.parts)
         for other in others:
             first += other
+        add_all([first], [added])
         return first
 
     def decode_weight_gradient(self, replies: dict[int, Reply], sizes: Sequence[int]) -> list[Tensor]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tempo import kernels
+from tempo.schemes.low_rank import LowRank
 from tempo.verify.field import row_sums
 from tempo.wire.residues import HALF, expand, reduce_, replacements
 
@@ -28,9 +29,6 @@ _ROUNDING: Final = 1 + 2**-18
 
 _LEAST_STEP: Final = 2.0**-126
 """Below, float32 rounds off more."""
-
-_ELEMENTS: Final = 1 << 17
-"""That are worth a thread."""
 
 
 def share_rows(
@@ -81,15 +79,14 @@ def _share_natively(
     steps, sums = torch.empty(rows, 1), _sums(rows, vectors)
     refused: list[tuple[int, int, int]] = []
 
-    def part(first: int, last: int) -> None:
-        here = slice(first, last)
+    def part(here: slice) -> None:
         of_part = None if sums is None else sums[here]
-        start = first * columns
+        start = here.start * columns
         refused.extend(
             native.share(x[here], scales, ratio, _LEAST_STEP, seeds, start, out[here], steps[here], vectors, of_part)
         )
 
-    kernels.in_parts(part, rows, max(1, _ELEMENTS // max(1, columns)))
+    kernels.rows_in_parts(part, rows, columns)
     again, elements = [replacements(seed) for seed in seeds], out.view(-1)
     for seed, element, instead in sorted(refused):
         elements[element] = int(reduce_(elements[element].long() + instead - next(again[seed])))
@@ -103,6 +100,7 @@ def combine_rows(
     biases: Sequence[Tensor | None],
     outs: Sequence[Tensor],
     vectors: Tensor | None,
+    added: Sequence[LowRank | None] = (),
 ) -> Tensor | None:
     """Add the products of shares, and give the sum its scale again.
 
@@ -110,16 +108,18 @@ def combine_rows(
         parts: int32 (T, m) each, any values.
         steps: (T, 1), of `share_rows`.
         scales: (m), by which columns are multiplied, or None.
-        biases: For each of ``outs``, what to add, or None.
+        biases: For each of ``outs``, what to add to its rows, or None; empty: nothing.
         outs: Pieces of the columns to write, one after the other.
         vectors: int32 (k, m), to sum rows with, or None.
+        added: For each of ``outs``, what to add besides, or None; empty: nothing.
 
     Returns:
         ``Σ parts v mod p``, int64 (T, k), if there are vectors.
     """
+    biases = biases or [None] * len(outs)
     native = kernels.native()
     if native and _in_reach(outs) and all(part.stride(1) == 1 or part.shape[1] <= 1 for part in parts):
-        return _combine_natively(native, parts, steps, scales, biases, outs, vectors)
+        return _combine_natively(native, parts, steps, scales, biases, outs, vectors, added)
     total = parts[0].long()
     for part in parts[1:]:
         total += part
@@ -128,8 +128,13 @@ def combine_rows(
     numbers = residues.float().mul_(steps)
     if scales is not None:
         numbers.mul_(scales)
-    for piece, bias, out in zip(numbers.split([out.shape[1] for out in outs], 1), biases, outs, strict=True):
-        out.copy_(piece if bias is None else piece + bias)
+    pieces = numbers.split([out.shape[1] for out in outs], 1)
+    for piece, bias, one, out in zip(pieces, biases, added or [None] * len(outs), outs, strict=True):
+        if bias is not None:
+            piece += bias
+        if one is not None:
+            one.add_to(piece)
+        out.copy_(piece)
     return sums
 
 
@@ -141,19 +146,27 @@ def _combine_natively(
     biases: Sequence[Tensor | None],
     outs: Sequence[Tensor],
     vectors: Tensor | None,
+    added: Sequence[LowRank | None],
 ) -> Tensor | None:
     rows, columns = parts[0].shape
     sums = _sums(rows, vectors)
     numbers = [None if bias is None else bias.detach().float().contiguous() for bias in biases]
 
-    def part(first: int, last: int) -> None:
-        here = slice(first, last)
+    def part(here: slice) -> None:
         of_part = None if sums is None else sums[here]
+        products = [None if one is None else (one.low[here], one.up) for one in added]
         native.combine(
-            [p[here] for p in parts], steps[here], scales, numbers, [out[here] for out in outs], vectors, of_part
+            [p[here] for p in parts],
+            steps[here],
+            scales,
+            numbers,
+            [out[here] for out in outs],
+            vectors,
+            of_part,
+            products,
         )
 
-    kernels.in_parts(part, rows, max(1, _ELEMENTS // max(1, columns)))
+    kernels.rows_in_parts(part, rows, columns)
     return sums
 
 

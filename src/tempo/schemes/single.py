@@ -28,6 +28,7 @@ from tempo.schemes.base import (
 from tempo.schemes.cloak import Cloak, together
 from tempo.schemes.corrections import Share, WeightGradient, shares_of_input_gradient, shares_of_output
 from tempo.schemes.cover import Cover, uncovered
+from tempo.schemes.low_rank import LowRank, add_all
 from tempo.schemes.masks import Mask, Masks
 from tempo.schemes.operators import work_dtype
 from tempo.schemes.reply import Passed, Reply
@@ -247,13 +248,17 @@ class MaskedInput(EncodedInput):
         return found
 
     def decode_output(
-        self, replies: dict[int, Reply], sizes: Sequence[int], biases: Sequence[Tensor | None] | None = None
+        self,
+        replies: dict[int, Reply],
+        sizes: Sequence[int],
+        biases: Sequence[Tensor | None] = (),
+        added: Sequence[LowRank | None] = (),
     ) -> list[Tensor]:
         """Unmask each part's columns straight into the output they belong to, where nothing is to be taken off."""
         spatial = next(iter(replies.values())).shape[2:]
         product = self.weight.problem.product
         outputs = [maps(product, (self.shape[0], size, *spatial), self.dtype) for size in sizes]
-        bias = _joined(biases or [], sizes, outputs[0])
+        bias = _joined(biases, sizes, outputs[0])
         for worker, part in self.parts.items():
             pieces = [output[part.rows] for output in outputs]
             cloak, seen = self.cloak, part.seen_by_cloak
@@ -261,7 +266,7 @@ class MaskedInput(EncodedInput):
             part.seen_by_cloak = None  # a graph may live long
             uncover = seen is not None and plus is None
             if not (part.covered or uncover):
-                replies[worker].read(partial(part.masks.decode, "y", outs=pieces, biases=biases, plus=plus))
+                replies[worker].read(partial(part.masks.decode, "y", outs=pieces, biases=biases or None, plus=plus))
                 continue
             whole = _room(pieces, replies[worker])
             replies[worker].read(partial(part.masks.decode, "y", outs=[whole], biases=[bias], plus=plus))
@@ -276,6 +281,7 @@ class MaskedInput(EncodedInput):
                 for piece, values in zip(pieces, y.split(list(sizes), 1), strict=True):
                     piece.copy_(values)
             part.shares = []
+        add_all(outputs, added)
         return outputs
 
     def encode_gradient(
@@ -318,7 +324,7 @@ class MaskedGradient(EncodedGradient):
         """Where anything was filled."""
         return self.extra.needed
 
-    def decode_input_gradient(self, replies: dict[int, Reply]) -> Tensor:
+    def decode_input_gradient(self, replies: dict[int, Reply], added: LowRank | None = None) -> Tensor:
         """Unmask each part of ``dX`` into place."""
         source = self.source
         dx = maps(source.weight.problem.product, source.shape, source.dtype)
@@ -339,6 +345,7 @@ class MaskedGradient(EncodedGradient):
             real[part.cover.rows] = 0
             if whole is not place:
                 place.copy_(real)
+        add_all([dx], [added])
         return dx
 
     def decode_weight_gradient(self, replies: dict[int, Reply], sizes: Sequence[int]) -> list[Tensor]:

@@ -34,6 +34,7 @@ from tempo.schemes.base import (
     Traits,
 )
 from tempo.schemes.fixed_point import combine_rows, most_omega, share_rows
+from tempo.schemes.low_rank import LowRank
 from tempo.schemes.reply import Reply
 from tempo.settings import Settings
 from tempo.verify.field import VECTORS, row_sums
@@ -180,9 +181,10 @@ class Shares:
         replies: dict[int, Reply],
         scales: Tensor | None,
         sizes: Sequence[int],
-        biases: Sequence[Tensor | None],
+        biases: Sequence[Tensor | None] = (),
+        added: Sequence[LowRank | None] = (),
     ) -> list[Tensor]:
-        """The product, from those of the shares, in pieces of ``sizes`` columns.
+        """The product, from those of the shares, in pieces of ``sizes`` columns, each plus its bias and what is added.
 
         Raises:
             WorkerLiedError: It is wrong, and this worker's part of it.
@@ -190,7 +192,7 @@ class Shares:
         parts = {worker: replies[worker].checked() for worker in (*self.seeds, self.last)}
         outs = [torch.empty(self.shape[0], size, dtype=self.dtype) for size in sizes]
         out_of = None if self.sums is None else self.side.out_of
-        sums = combine_rows(list(parts.values()), self.steps, scales, biases, outs, out_of)
+        sums = combine_rows(list(parts.values()), self.steps, scales, biases, outs, out_of, added)
         if self.sums is not None and sums is not None and not self.policy.agree(sums, self.sums):
             self._blame(self.sums, parts, replies)
         return outs
@@ -225,10 +227,14 @@ class SharedInput(EncodedInput):
         return {}
 
     def decode_output(
-        self, replies: dict[int, Reply], sizes: Sequence[int], biases: Sequence[Tensor | None] | None = None
+        self,
+        replies: dict[int, Reply],
+        sizes: Sequence[int],
+        biases: Sequence[Tensor | None] = (),
+        added: Sequence[LowRank | None] = (),
     ) -> list[Tensor]:
         """``Y``, checked."""
-        return self._shares.combine(replies, self._weight.scales, sizes, biases or [None] * len(sizes))
+        return self._shares.combine(replies, self._weight.scales, sizes, biases, added)
 
     def encode_gradient(
         self, g: Tensor, key: Key, empty: Empty, x: Recall, w: Recall, *, want_dw: bool
@@ -254,9 +260,9 @@ class SharedGradient(EncodedGradient):
         self.operands = shares.operands
         self.finite = bool(torch.isfinite(shares.steps).all())
 
-    def decode_input_gradient(self, replies: dict[int, Reply]) -> Tensor:
+    def decode_input_gradient(self, replies: dict[int, Reply], added: LowRank | None = None) -> Tensor:
         """``dX``, checked."""
-        (dx,) = self._shares.combine(replies, None, [self._features], [None])
+        (dx,) = self._shares.combine(replies, None, [self._features], added=[added])
         return dx
 
     def decode_weight_gradient(self, replies: dict[int, Reply], sizes: Sequence[int]) -> list[Tensor]:

@@ -1,7 +1,8 @@
-"""PEFT's LoRA in fewer passes: ``base(x) + s (x Aᵀ) Bᵀ`` as one product that is added to the base's output.
+"""PEFT's LoRA in fewer passes: ``base(x) + s (x Aᵀ) Bᵀ``, added where the base's output is decoded.
 
-PEFT takes three passes over an output for the product, its scale and the sum, and as many over its gradient. Where more
-is asked (several adapters, variants such as DoRA, dropout, other dtypes, hooks), PEFT's own code runs.
+PEFT takes three passes over an output for the product, its scale and the sum, and as many over its gradient. Where the
+base stays here, both are one product that is added to its output. Where more is asked (several adapters, variants such
+as DoRA, dropout, other dtypes, hooks), PEFT's own code runs.
 """
 
 from __future__ import annotations
@@ -10,31 +11,51 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from tempo.engine.adapters import Adapter
 from tempo.layers.base import Protected
+from tempo.schemes.low_rank import adapter_dtype
 from tempo.trusted.kernels import hooked, native_for
 
 
 class FusedLora(Protected):
     """Mixin for ``peft.tuners.lora.Linear``."""
 
+    @torch.compiler.disable
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's, but for rounding."""
         plain: Any = super()
-        adapter = None if args or kwargs else _alone(self, x)
-        if adapter is None:
+        layer: Any = self
+        base, dtype = layer.base_layer, x.dtype
+        name = None if args or kwargs or not _plain(base) else _alone(layer, dtype)
+        if name is None:
             result: Tensor = plain.forward(x, *args, **kwargs)
             return result
-        layer: Any = self
-        base, low = layer.base_layer(x), layer.lora_A[adapter](x)
-        up: Any = layer.lora_B[adapter]
-        if hasattr(up, "_tempo"):
-            up._tempo.computed(low.numel() // low.shape[-1], up.weight)
-        b = up.weight * layer.scaling[adapter]
-        if _ours(layer.base_layer) and native_for(base, low, b) is not None:
-            y: Tensor = _Added.apply(base, low, b)
-            return y
-        return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), b.t()).view(base.shape)
+        for part in (layer.lora_A[name], layer.lora_B[name]):
+            part._tempo.computed(x.numel() // max(1, x.shape[-1]), part.weight)
+        if base._tempo.stays(x, base.weight):
+            return _here(base, x, _adapter(layer, dtype))
+        y: Tensor = base._tempo.linear(
+            x,
+            lambda: base.operands()._replace(adapter=_adapter(layer, dtype)),
+            lambda: _here(base, x, _adapter(layer, dtype)),
+        )
+        return y
+
+
+def _here(base: Any, x: Tensor, adapter: Adapter | None) -> Tensor:
+    """All of it computed here."""
+    weight, bias, _ = base.operands()
+    y = F.linear(x, weight, bias)
+    if adapter is None:
+        return y
+    low, b = F.linear(x.to(adapter.a.dtype), adapter.a), adapter.b * adapter.scale
+    if native_for(y, low, b) is not None:
+        added: Tensor = _Added.apply(y, low, b)
+        return added
+    flat = y.flatten(0, -2).to(b.dtype)
+    return torch.addmm(flat, low.flatten(0, -2), b.t()).to(y.dtype).view(y.shape)
 
 
 class _Added(torch.autograd.Function):
@@ -54,22 +75,28 @@ class _Added(torch.autograd.Function):
         return g, dlow, db
 
 
-def _ours(base: nn.Module) -> bool:
-    """Whether what ``base`` returns is new, and seen by its caller only."""
-    original = getattr(type(base), "_tempo_original", None)
+def _plain(module: nn.Module) -> bool:
+    """Whether all that a call of ``module`` does is a product that Tempo computes."""
+    original = getattr(type(module), "_tempo_original", None)
     known = original is nn.Linear or getattr(original, "__module__", "") == "transformers.pytorch_utils"
-    return known and not hooked(base) and "forward" not in vars(base)
+    return known and not hooked(module) and "forward" not in vars(module)
 
 
-def _alone(layer: Any, x: Tensor) -> str | None:
-    """The one adapter that is to be added, if it is a plain one."""
+def _alone(layer: Any, dtype: torch.dtype) -> str | None:
+    """The one adapter that is to be added to an output of inputs of ``dtype``, if it is a plain one."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or len(active) != 1 or torch.is_autocast_enabled(x.device.type):
+    if layer.disable_adapters or layer.merged or len(active) != 1 or torch.is_autocast_enabled("cpu"):
         return None
     (name,) = active
     a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    dtypes = {x.dtype, a.weight.dtype, b.weight.dtype, layer.get_base_layer().weight.dtype}
     drops = dropout.training and not isinstance(dropout, nn.Identity)
-    if len(dtypes) > 1 or drops or hooked(b) or b.bias is not None or name in layer.lora_variant:
+    if drops or not (_plain(a) and _plain(b)) or a.bias is not None or b.bias is not None or name in layer.lora_variant:
         return None
-    return str(name)
+    alike = layer.base_layer.weight.dtype == dtype and a.weight.dtype == b.weight.dtype
+    return str(name) if alike and a.weight.dtype in (dtype, adapter_dtype(dtype)) else None
+
+
+def _adapter(layer: Any, dtype: torch.dtype) -> Adapter | None:
+    """What `_alone` names."""
+    name = _alone(layer, dtype)
+    return None if name is None else Adapter(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
