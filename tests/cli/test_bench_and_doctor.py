@@ -10,9 +10,11 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from tempo.bench import measure as bench
+from tempo.bench.memory import LayerBytes
 from tempo.bench.workloads import Workload, _vit
 from tempo.cli import app
 from tempo.errors import SettingsError
@@ -36,6 +38,22 @@ def test_bench_reports_what_it_measured(monkeypatch):
     # One block: query, key and value together, output, two of the MLP; and the classifier.
     assert result.encryptions == {"x": 5, "w": 5, "g": 5}
     assert result.bytes_up == result.bytes_down > 0
+    # Nothing travels twice, and each weight with its gradient once.
+    assert result.weight_bytes_up == result.weight_bytes_down == 4 * (4 * 32 * 32 + 2 * 32 * 64 + 32 * 10)
+    assert result.least_bytes_up == result.bytes_up - result.weight_bytes_up
+    assert result.least_bytes_down == result.bytes_down - result.weight_bytes_down
+    # What travels is read and written on this side.
+    assert result.memory_bytes > 2 * (result.bytes_up + result.bytes_down)
+    assert result.memory_bound == pytest.approx(result.plain_step * result.copy_bytes_per_s / result.memory_bytes)
+
+
+def test_bench_counts_what_trusted_layers_take_and_give():
+    model = nn.Sequential(nn.LayerNorm(4), nn.Dropout(0.0), nn.Sequential(nn.ReLU()), nn.Identity())
+    with LayerBytes(model) as found:
+        y = model(torch.zeros(3, 4))
+    assert found.total == (1 + 2 + 2 + 2) * y.nbytes  # no gradient of the input is wanted
+    model(y)
+    assert found.total == 7 * y.nbytes
 
 
 def test_bench_averages_over_the_steps_that_weights_on_workers_keep_their_masks(monkeypatch):
@@ -76,6 +94,9 @@ def test_bench_of_adapters_sends_a_frozen_base_and_keeps_adapters(monkeypatch):
     seeds = 8 * 32
     assert result.bytes_up == 4 * 256 * features + seeds
     assert result.bytes_down == 2 * 4 * 256 * features
+    # Each of the two operators answers with a share of its own.
+    assert (result.least_bytes_up, result.least_bytes_down) == (4 * 256 * features, 4 * 256 * features)
+    assert result.weight_bytes_up == result.weight_bytes_down == 0
     assert 0 < result.attention_seconds < result.trusted_step
     assert result.attention_flops == 14 * 256**2 * 384
     # What null workers answer is summed and compared like any answer, and wrong: of three steps, 4 outputs at least and

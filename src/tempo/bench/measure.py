@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tempo import kernels, schemes
+from tempo.bench.memory import LayerBytes, copy_speed, masking, optimizing, travelling
 from tempo.bench.workload import Workload
 from tempo.bench.workloads import WORKLOADS
 from tempo.engine.coverage import TrustedProducts
@@ -60,6 +61,14 @@ class Measurement(msgspec.Struct, kw_only=True):
     """``plain_step / trusted_step``: the bound that an infinitely fast worker would give."""
     flop_bound: float
     """All matrix FLOPs over those that stay trusted: the bound if masks and all else cost nothing."""
+    memory_bound: float = 0.0
+    """``plain_step`` over what copying ``memory_bytes`` takes: the bound if all computing on the trusted side cost
+    nothing beside its reading and writing. Holds for tensors larger than caches."""
+    memory_bytes: int = 0
+    """The least that the trusted side reads and writes in a step: every operand and its masked form, every answer and
+    its result, what trusted layers take and give, forward and backward, and what the optimizer does, once each."""
+    copy_bytes_per_s: float = 0.0
+    """Read and written by the fastest large copy between the steps."""
     offloaded_flops_share: float
     mask_seconds: float
     """Of ``trusted_step``: masking and unmasking, keys included."""
@@ -75,6 +84,14 @@ class Measurement(msgspec.Struct, kw_only=True):
     """Of the same."""
     bytes_up: int
     bytes_down: int
+    weight_bytes_up: int = 0
+    """Of ``bytes_up``: weights, and what optimizers keep of them."""
+    weight_bytes_down: int = 0
+    """Of ``bytes_down``: gradients of weights, and weights that come back."""
+    least_bytes_up: int = 0
+    """Of inputs and their outputs' gradients, each once in the wire's dtype; ``bytes_up`` without weights is more."""
+    least_bytes_down: int = 0
+    """Of outputs and gradients of inputs, likewise."""
     tokens: int = 0
     """In a batch, of a language model."""
     encryptions: dict[str, float]
@@ -204,17 +221,18 @@ def _measure(
         difference = abs(real_step.run() - plain_loss) / max(abs(plain_loss), 1e-6)
         compared.insert(1, real_step)
     null_step.run()
-    with null.trusted_products(null_step.model) as trusted:
+    with null.trusted_products(null_step.model) as trusted, LayerBytes(null_step.model) as layers:
         null_step.run()
 
     period = period_of(null)
     steps = math.ceil(steps / period) * period
     before = null.stats()
-    attention = []
+    attention, copies = [], []
     for number in range(steps):
         report(f"{workload.description}: step {number + 1} of {steps}")
         for step in compared:
             step.run()
+        copies.append(copy_speed())
         if workload.attention:
             attention.append(workload.attention.seconds())
     used = null.stats() - before
@@ -222,6 +240,9 @@ def _measure(
     scaled = alone / (sum(null_step.times[-steps:]) / steps)  # the split adds up to the median
     mask, verify, wire = (used.seconds[what] / steps * scaled for what in ("mask", "verify", "wire"))
     wire += used.seconds["worker"] / steps * scaled
+    traits = null._engine.scheme.traits
+    least = {name: size // steps for name, size in travelling(used, settings.wire_dtype, traits).items()}
+    memory = masking(used, settings.wire_dtype, traits) // steps + layers.total + optimizing(null_step.model)
     return Measurement(
         model=name,
         description=workload.description,
@@ -233,6 +254,9 @@ def _measure(
         trusted_step=alone,
         trusted_speedup=plain / alone,
         flop_bound=everything.total / max(1, trusted.total),
+        memory_bound=plain * max(copies) / memory,
+        memory_bytes=memory,
+        copy_bytes_per_s=max(copies),
         offloaded_flops_share=1 - trusted.total / everything.total,
         mask_seconds=mask,
         verify_seconds=verify,
@@ -242,6 +266,10 @@ def _measure(
         attention_flops=workload.attention.flops if workload.attention else 0,
         bytes_up=used.bytes_sent // steps,
         bytes_down=used.bytes_received // steps,
+        weight_bytes_up=least["w"],
+        weight_bytes_down=least["dw"],
+        least_bytes_up=least["x"] + least["g"],
+        least_bytes_down=least["y"] + least["dx"],
         tokens=workload.attention.tokens if workload.attention else 0,
         encryptions={operand: count / steps for operand, count in used.encryptions.items()},
         steps=steps,

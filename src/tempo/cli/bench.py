@@ -53,6 +53,10 @@ def bench(
     write_json(results, json)
 
 
+def _over(size: int, least: int) -> str:
+    return f"{size / 1e6:,.1f} MB, {size / least:.2f} ×" if least else "none"
+
+
 def _table(results: list[Measurement]) -> Table:
     first = results[0]
     table = Table(title=f"{first.description}; one thread on every side, {first.steps} steps")
@@ -70,10 +74,19 @@ def _table(results: list[Measurement]) -> Table:
         "  wire": lambda r: f"{r.wire_seconds:.3f} s",
         "  trusted layers, optimizer, rest": lambda r: f"{r.other_seconds:.3f} s",
         "trusted_speedup (bound of an infinitely fast GPU)": lambda r: f"{r.trusted_speedup:.2f}",
-        "bound by FLOPs alone": lambda r: f"{r.flop_bound:.0f}",
+        "bound by FLOPs alone (those that stay here)": lambda r: f"{r.flop_bound:.0f}",
+        "bound by memory alone (least bytes here, at a copy's speed)": lambda r: f"{r.memory_bound:.1f}",
         "matrix FLOPs offloaded": lambda r: f"{r.offloaded_flops_share:.1%}",
         "bytes to workers per step": lambda r: f"{r.bytes_up / 1e6:,.1f} MB",
+        "  weights": lambda r: f"{r.weight_bytes_up / 1e6:,.1f} MB",
+        "  inputs and gradients, over the least possible": lambda r: _over(
+            r.bytes_up - r.weight_bytes_up, r.least_bytes_up
+        ),
         "bytes from workers per step": lambda r: f"{r.bytes_down / 1e6:,.1f} MB",
+        "  gradients of weights": lambda r: f"{r.weight_bytes_down / 1e6:,.1f} MB",
+        "  outputs and gradients, over the least possible": lambda r: _over(
+            r.bytes_down - r.weight_bytes_down, r.least_bytes_down
+        ),
         "encryptions per step (x, w, g)": lambda r: ", ".join(f"{n:.4g}" for n in r.encryptions.values()),
         "relative loss difference, first step": lambda r: f"{r.loss_difference:.1e}",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -221,6 +222,11 @@ class Call:
                 )
             if rows is not None and want_dw:
                 self.residence.end("rows of its output gradient are zero")
+        elements, (x, w) = product.engine.stats.elements, self.shapes
+        live = x[0] if rows is None else len(rows)  # zeros need not travel
+        elements["g"] += live * prod(g.shape[1:])
+        elements["dx"] += want_dx * live * prod(x[1:])
+        elements["dw"] += (want_dw and self.residence is None) * prod(w)
         again = partial(self._again, g, saved, rows, want_dx=want_dx, want_dw=want_dw)
         if rows is not None or self.differentiated or not self._still_holds(want_dw):
             return again

@@ -25,8 +25,11 @@ WIDTH: Final = 512
 CHANNELS: Final = 128
 """Likewise of a convolution, per group: its weight has as many elements again as its kernel has taps."""
 
-_REPEATS: Final = 3
-"""The least of so many counts; the one before them, which meets memory for the first time, does not."""
+_REPEATS: Final = range(2, 5)
+"""How often a sample runs: the least counts, so that memory met for the first time does not."""
+
+_ENOUGH: Final = 0.03
+"""Seconds after which it runs no more often than it has to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,5 +144,8 @@ def sample(product: Product, x: Shape, w: Shape) -> tuple[Shape, Shape]:
 
 
 def _least(run: SampleRun) -> tuple[Seconds, SampleRun]:
-    runs = [run() for _ in range(_REPEATS + 1)][1:]
+    started = time.perf_counter()
+    runs: list[Seconds] = []
+    while len(runs) < _REPEATS.start or (len(runs) < _REPEATS[-1] and time.perf_counter() - started < _ENOUGH):
+        runs.append(run())
     return {name: min(took[name] for took in runs) for name in runs[0]}, run

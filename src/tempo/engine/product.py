@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from tempo.engine.away import residence_of
 from tempo.engine.call import Call, Gradients
 from tempo.engine.dtypes import answer_dtype, masked_dtype
 from tempo.engine.fingerprint import Fingerprint
-from tempo.engine.geometry import flops
+from tempo.engine.geometry import flops, output_shape
 from tempo.engine.parts import CallInParts
 from tempo.engine.residence import Residence, Terms
 from tempo.engine.stored import StoredWeight
@@ -172,6 +173,9 @@ class Product:
             self.check_finite(x, "input")
             encoded = stored.encoded.encode_input(x, engine.keys.fresh(self.number, "x"), targets, self.maps, weight)
         engine.stats.encryptions["x"] += 1
+        if not again:
+            engine.stats.elements["x"] += x.numel()
+            engine.stats.elements["y"] += prod(output_shape(self.kind, tuple(x.shape), shape_w))
         if self.scheme.traits.public_weights and torch._C._current_graph_task_id() == -1:
             engine.weights_changed()  # none of those that go out do: the next forward pass begins the next step
         stored.rows_served += x.numel() // x.shape[1]  # of a convolution, every pixel is a row
@@ -251,6 +255,7 @@ class Product:
             )
         engine.stats.encryptions["w"] += 1
         if not again:
+            engine.stats.elements["w"] += w.numel()
             engine.weights_changed()
         stored = StoredWeight(
             self,

@@ -122,6 +122,7 @@ class Residence:
                 key = engine.keys.fresh(product.number, "kept")
                 encoded.encode_kept(name, tensor, key, tensors[name], linear=self.terms.linear)
         engine.stats.encryptions["w"] += len(plain)
+        engine.stats.elements["w"] += sum(tensor.numel() for tensor in plain.values())
         return encoded
 
     # --- while it lives there ---
@@ -221,6 +222,7 @@ class Residence:
         except WorkerError as error:
             self.product.engine.dismiss(error)  # raises, unless nothing had changed
             return
+        self.product.engine.stats.elements["dw"] += sum(tensor.numel() for tensor in fetched.values())
         with self.product.engine.stats.timed("mask", "w", self.name):
             self._restore({name: self.encoded.decode_kept(name, tensor) for name, tensor in fetched.items()})
 

@@ -23,6 +23,11 @@ class Stats:
     decryptions: dict[str, int] = field(default_factory=lambda: {"y": 0, "dx": 0, "dw": 0, "w": 0})
     """Answers unmasked; ``w`` counts weights, and what optimizers keep of them, that lived on workers."""
 
+    elements: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("x", "w", "g", "y", "dx", "dw"), 0))
+    """Of plain operands and answers of products that went out, each once, whatever was sent of it and how often; rows
+    of gradients that are zero left out where that is known. ``w`` and ``dw`` count all that went out and came back of
+    weights: these, what optimizers keep of them, gradients."""
+
     flops_offloaded: int = 0
     """Floating-point operations of products computed by workers, forward and backward."""
 
@@ -66,6 +71,7 @@ class Stats:
         return Stats(
             dict(self.encryptions),
             dict(self.decryptions),
+            dict(self.elements),
             self.flops_offloaded,
             self.flops_trusted,
             self.bytes_sent,
@@ -77,6 +83,7 @@ class Stats:
         return Stats(
             {k: v - earlier.encryptions[k] for k, v in self.encryptions.items()},
             {k: v - earlier.decryptions[k] for k, v in self.decryptions.items()},
+            {k: v - earlier.elements[k] for k, v in self.elements.items()},
             self.flops_offloaded - earlier.flops_offloaded,
             self.flops_trusted - earlier.flops_trusted,
             self.bytes_sent - earlier.bytes_sent,
