@@ -62,17 +62,21 @@ def test_plan_shows_both_models_on_all_hardware_and_what_it_rests_on(bench, monk
 
 
 def test_plan_follows_its_options(bench):
-    options = ["--gpu", "a100", "--link", "25", "--cores", "4", "--colluders", "2", "--bits", "8", "--sequence", "512"]
+    options = ["--gpu", "a100", "--link", "25", "--cores", "4", "--colluders", "2", "--bits", "8", "--sequence", "512",
+               "--batch", "4096", "--latency", "2"]  # fmt: skip
     prices = ["--price", "a100=2", "--price", "core=0.1", "--price", "gigabyte=0.01"]
     command = ["plan", "llama-2-7b", "--bench", str(bench), *options, *prices, "--json", "-"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     (one,) = found["models"]["llama-2-7b"]
-    assert (one["gpu"], one["link"], one["operators"]) == ("A100 80GB", 25.0, 3)
-    assert one["bytes_down"] == 3 * one["bytes_up"]
+    assert (one["worker"], one["operators"]) == ("A100 80GB", 3)
+    assert one["link"] == {"up": 25.0, "down": 25.0, "latency": 0.002}
+    first = 4 * 3 * 4096, 4 * 4096  # of the first product: gradients of outputs, of inputs
+    assert one["bytes_down"] + 3 * first[1] == 3 * (one["bytes_up"] + first[0])
     assert found["assumptions"] == {
         "sequence": 512,
+        "batch": 4096,
         "cores": 4,
         "colluders": 2,
         "weight_bits": 8,
@@ -81,11 +85,29 @@ def test_plan_follows_its_options(bench):
         "core_hour": 0.1,
         "gigabyte": 0.01,
     }
-    assert found["gpu_hours"] == {"A100 80GB": 2.0}
+    assert found["hours"] == {"A100 80GB": 2.0}
     assert found["rates"]["per_byte"] == pytest.approx(0.5e-9)
     hour, megabytes = 3 * 2 + 4 * 0.1, (one["bytes_up"] + one["bytes_down"]) / 1e6
     seconds = 1 / one["tokens_per_second"]
     assert one["cost"] == pytest.approx(1e6 * (seconds * hour / 3600 + megabytes / 1e3 * 0.01))
+
+
+def test_plan_measures_workers_that_are_there(bench, workers, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 100, **sizes}))
+    options = ["--workers", f"{workers[0]}@one,{workers[1]}@two", "--price", "worker=0.2", "--price", "core=0"]
+    result = CliRunner().invoke(app, ["plan", str(tmp_path), "--bench", str(bench), *options, "--json", "-"])
+    assert result.exit_code == 0, result.output
+    (one,) = json.loads(result.stdout)["models"][str(tmp_path)]
+    assert (one["worker"], one["operators"], one["arithmetic"]) == ("cpu", 2, "as measured")
+    assert min(one["link"]["up"], one["link"]["down"], one["link"]["latency"], one["worker_seconds"]) > 0
+    assert one["cost"] == pytest.approx(1e6 / one["tokens_per_second"] / 3600 * 2 * 0.2)
+
+
+def test_plan_refuses_two_workers_of_one_operator(bench, workers):
+    result = CliRunner().invoke(app, ["plan", "--bench", str(bench), "--workers", f"{workers[0]},{workers[1]}"])
+    assert result.exit_code == 1
+    assert "operator" in result.output
 
 
 @pytest.mark.parametrize(
@@ -94,6 +116,7 @@ def test_plan_follows_its_options(bench):
         (["llama-3"], "config.json"),
         (["--gpu", "h10"], "h100"),
         (["--link", "0"], "0 Gbit/s"),
+        (["--latency", "-1"], "-1 ms"),
         (["--cores", "0"], "cores"),
         (["--bits", "17"], "weight_bits"),
         (["--utilisation", "1.5"], "utilisation"),

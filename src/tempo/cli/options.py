@@ -74,8 +74,13 @@ def _are_addresses(word: str) -> bool:
 
 def overrides(settings: list[str] | None, workers: list[str] | None) -> list[str]:
     """The ``table.key=value`` texts that the shared options stand for."""
-    addresses = [address for text in workers or () for address in text.split(",") if address]
-    return [*(settings or ()), *([f"session.workers={json.dumps(addresses)}"] if addresses else [])]
+    found = addresses(workers)
+    return [*(settings or ()), *([f"session.workers={json.dumps(found)}"] if found else [])]
+
+
+def addresses(workers: list[str] | None) -> list[str]:
+    """What the option ``--workers`` names, whether it was repeated or given commas."""
+    return [address for text in workers or () for address in text.split(",") if address]
 
 
 def end(outcome: Outcome, console: Console, command: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from tempo.plan.hardware import GPU, Arithmetic
+from tempo.plan.hardware import GPU, Arithmetic, Link, Workers
 from tempo.plan.models import Shape
 from tempo.plan.rates import Rates
 
@@ -19,7 +19,7 @@ _LIMBS: Final = 4
 _MOST_BITS: Final = 15
 """Of a weight in limbs."""
 
-Bottleneck = Literal["trusted cores", "wire", "GPU"]
+Bottleneck = Literal["trusted cores", "wire", "workers"]
 Price = Annotated[float, Meta(ge=0, le=1e6)]
 
 
@@ -28,6 +28,8 @@ class Assumptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     sequence: Annotated[int, Meta(ge=1, le=1 << 24)] = 1024
     """Tokens in a sequence, all of which count."""
+    batch: Annotated[int, Meta(ge=1, le=1 << 30)] = 8192
+    """Tokens that go through the model together."""
     cores: Annotated[int, Meta(ge=1, le=1 << 16)] = 16
     """Of the trusted side."""
     colluders: Annotated[int, Meta(ge=1, le=15)] = 1
@@ -48,11 +50,10 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     "Overlapped" is all parts at work at once, the bound; "in turn" is one after the other. A real run lies between.
     """
 
-    gpu: str
-    link: float
-    """Gbit/s of the trusted side, each way at once."""
+    worker: str
+    link: Link
     operators: int
-    gpus_per_operator: int
+    workers_per_operator: int
     """As many as hold the weights; those of one operator take turns."""
     weight_bytes: int
     """That each operator holds."""
@@ -65,8 +66,10 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """Of these."""
     wire_seconds: float
     """Per token, with both directions at once."""
-    gpu_seconds: float
-    """Per token, of the GPUs of one operator; operators work at the same time."""
+    wire_seconds_in_turn: float
+    """Per token, one direction after the other, latency included."""
+    worker_seconds: float
+    """Per token, of the workers of one operator; operators work at the same time."""
     arithmetic: Arithmetic
     """By which they are faster."""
     tokens_per_second: float
@@ -80,11 +83,21 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     cost_in_turn: float
 
 
+def worker_seconds(shape: Shape, worker: GPU | Workers, assumed: Assumptions) -> tuple[float, Arithmetic]:
+    """Per token, and by which arithmetic."""
+    if isinstance(worker, Workers):
+        return worker.token_seconds, "as measured"
+    ways = peak_seconds(shape, worker, assumed.weight_bits)
+    arithmetic = min(ways, key=ways.__getitem__)
+    return ways[arithmetic] / assumed.utilisation, arithmetic
+
+
 def peak_seconds(shape: Shape, gpu: GPU, bits: int) -> dict[Arithmetic, float]:
-    """Per token at the peak of each arithmetic: two products with every weight, forward and backward."""
-    seconds: dict[Arithmetic, float] = {"float64": 4 * shape.weights / gpu.float64}
+    """Per token at the peak of each arithmetic: two operations for each multiplication."""
+    operations = 2 * shape.multiplications
+    seconds: dict[Arithmetic, float] = {"float64": operations / gpu.float64}
     if bits <= _MOST_BITS:
-        seconds["int8"] = 4 * shape.weights * _LIMBS * ceil(bits / 8) / gpu.int8
+        seconds["int8"] = operations * _LIMBS * ceil(bits / 8) / gpu.int8
     return seconds
 
 
@@ -93,53 +106,53 @@ def attention_flops(shape: Shape, sequence: int) -> int:
     return 7 * sequence * shape.attention_width * shape.num_hidden_layers
 
 
-def estimate(shape: Shape, gpu: GPU, link: float, rates: Rates, assumed: Assumptions) -> Estimate:
+def estimate(shape: Shape, worker: GPU | Workers, link: Link, rates: Rates, assumed: Assumptions) -> Estimate:
     """What LoRA of a model of that shape takes.
 
     Args:
         shape: Of the model.
-        gpu: That every worker has.
-        link: Gbit/s of the trusted side, each way at once.
+        worker: Each operator's.
+        link: Of the trusted side.
         rates: Of the trusted side.
         assumed: All else.
     """
     operators = assumed.colluders + 1
     weight_bytes = shape.weights * (1 if assumed.weight_bits <= 8 else 2)
-    gpus = ceil(weight_bytes / (assumed.memory_share * gpu.memory_gib * 2**30))
-    up = ELEMENT * shape.features
-    down = operators * up
+    workers = ceil(weight_bytes / (assumed.memory_share * worker.memory_gib * 2**30))
+    up, down = ELEMENT * shape.sent, ELEMENT * operators * shape.received
     attention = attention_flops(shape, assumed.sequence) * rates.per_attention_flop
     trusted = (up + down) * rates.per_byte + attention
-    ways = peak_seconds(shape, gpu, assumed.weight_bits)
-    arithmetic = min(ways, key=ways.__getitem__)
-    bits_per_second = link * 1e9
+    computing, arithmetic = worker_seconds(shape, worker, assumed)
+    sending, receiving = 8e-9 * up / link.up, 8e-9 * down / link.down
+    waiting = (len(shape.products) + len(shape.backward)) * link.latency / assumed.batch
     parts: dict[Bottleneck, float] = {
         "trusted cores": trusted / assumed.cores,
-        "wire": 8 * max(up, down) / bits_per_second,
-        "GPU": ways[arithmetic] / assumed.utilisation,
+        "wire": max(sending, receiving),
+        "workers": computing,
     }
     bottleneck = max(parts, key=parts.__getitem__)
     overlapped = parts[bottleneck]
-    in_turn = parts["trusted cores"] + 8 * (up + down) / bits_per_second + parts["GPU"]
-    hour = operators * gpus * gpu.hour + assumed.cores * assumed.core_hour
+    in_turn = parts["trusted cores"] + sending + receiving + waiting + computing
+    hour = operators * workers * worker.hour + assumed.cores * assumed.core_hour
     traffic = (up + down) / 1e9 * assumed.gigabyte
     return Estimate(
-        gpu=gpu.name,
+        worker=worker.name,
         link=link,
         operators=operators,
-        gpus_per_operator=gpus,
+        workers_per_operator=workers,
         weight_bytes=weight_bytes,
         bytes_up=up,
         bytes_down=down,
         trusted_seconds=trusted,
         attention_seconds=attention,
         wire_seconds=parts["wire"],
-        gpu_seconds=parts["GPU"],
+        wire_seconds_in_turn=sending + receiving + waiting,
+        worker_seconds=computing,
         arithmetic=arithmetic,
         tokens_per_second=1 / overlapped,
         bottleneck=bottleneck,
         tokens_per_second_in_turn=1 / in_turn,
-        cores_needed=ceil(trusted / max(parts["wire"], parts["GPU"])),
+        cores_needed=ceil(trusted / max(parts["wire"], parts["workers"])),
         cost=1e6 * (overlapped / 3600 * hour + traffic),
         cost_in_turn=1e6 * (in_turn / 3600 * hour + traffic),
     )

@@ -1,4 +1,4 @@
-"""GPUs that one can rent, by what their maker publishes."""
+"""GPUs that one can rent, by what their maker publishes; links; and workers that one has, as measured."""
 
 from __future__ import annotations
 
@@ -6,8 +6,32 @@ from typing import Final, Literal
 
 import msgspec
 
-Arithmetic = Literal["float64", "int8"]
+Arithmetic = Literal["float64", "int8", "as measured"]
 """How a worker multiplies residues exactly: in float64, or by limbs of 8 bits; see `tempo.worker.modular`."""
+
+
+class Link(msgspec.Struct, frozen=True, kw_only=True):
+    """Between the trusted side and all workers together."""
+
+    up: float
+    """Gbit/s to workers."""
+    down: float
+    """Gbit/s from them, at the same time."""
+    latency: float
+    """Seconds of the least request and its answer."""
+
+
+class Workers(msgspec.Struct, frozen=True, kw_only=True):
+    """Workers that one has, one of each operator, as seen from here for one model: `tempo.plan.probe`."""
+
+    name: str
+    memory_gib: float
+    """The least that one of them offers."""
+    token_seconds: float
+    """Of a token, through all products of the model that they were measured for, at the slowest, all being at work."""
+    link: Link
+    hour: float = 0.0
+    """Dollars for one."""
 
 
 class GPU(msgspec.Struct, frozen=True, kw_only=True):

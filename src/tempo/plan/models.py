@@ -52,9 +52,24 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
         return sum(d * m for d, m in self.products)
 
     @property
-    def features(self) -> int:
-        """Input and output features of all products: what a token sends up, forward and backward."""
-        return sum(d + m for d, m in self.products)
+    def backward(self) -> list[tuple[int, int]]:
+        """Products whose inputs' gradients are wanted: all but the first, before which nothing is trained."""
+        return self.products[1:]
+
+    @property
+    def sent(self) -> int:
+        """Features that a token sends up: inputs of all products, gradients of outputs."""
+        return sum(d for d, _ in self.products) + sum(m for _, m in self.backward)
+
+    @property
+    def received(self) -> int:
+        """Features that come down, from each operator: outputs, and gradients of inputs."""
+        return sum(m for _, m in self.products) + sum(d for d, _ in self.backward)
+
+    @property
+    def multiplications(self) -> int:
+        """Of a token, forward and backward."""
+        return self.weights + sum(d * m for d, m in self.backward)
 
 
 PRESETS: Final = {
