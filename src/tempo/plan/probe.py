@@ -105,5 +105,5 @@ def _answer(links: Sequence[Connection], message: Request, operands: Mapping[str
     for link, future in asked:
         answer = future.result(timeout=_PATIENCE)
         if answer is not None:
-            link.release(answer)
+            link.buffers.release(answer)
     return time.perf_counter() - started
