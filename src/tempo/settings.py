@@ -87,9 +87,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     split_colluders: Annotated[int, Meta(ge=1, le=15)] = 1
     """Scheme `split`: how many operators may put together what their workers see; one more has to take part."""
 
-    split_weight_bits: Annotated[int, Meta(ge=4, le=16)] = 12
-    """Scheme `split`: bits of a public weight's integers. 12: products within 0.1% of
-    float32's; 8: within 1%, faster on workers (docs/schemes/split.md)."""
+    split_weight_bits: Annotated[int, Meta(ge=4, le=16)] = 9
+    """Scheme `split`: bits of a public weight's integers. 9: products within 1% of float32's, and rows rounded so
+    finely that a run follows plain LoRA on the same integers; 12: within 0.1%, rows less finely; 8: as 9 but for
+    features with outliers, faster on workers (docs/schemes/split.md)."""
 
     local_workers: Annotated[int, Meta(ge=1, le=64)] = 1
     """How many workers to start on this machine when no address is given."""

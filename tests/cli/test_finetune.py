@@ -109,7 +109,7 @@ def test_through_workers_one_of_which_lies_it_equals_plain_and_plain_peft_loads_
     plain = run(base, data, *TRAINING, "--validation", "0.3", "--plain", "--out", tmp_path / "plain")
     assert plain.exit_code == 0, plain.output
 
-    # Weights of 12 bits here, of 32 there.
+    # Weights of 9 bits here, of 32 there.
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "plain"), rel=5e-3)
     measured = evaluations(tmp_path / "out")
     assert [record.step for record in measured] == [0, 4, 8, 12]

@@ -51,7 +51,7 @@ def test_plan_shows_both_models_on_all_hardware_and_what_it_rests_on(bench, monk
     for shown in ("the block that was measured", "the CPU that measured", "0.50 ns", "20.0 GFLOP/s", "1,024 tokens"):
         assert shown in result.output
     for shown in (
-        "12 bits",
+        "9 bits",
         "(here int8), at 25%",
         "90% of their memory",
         "$0.05/h",

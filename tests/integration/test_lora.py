@@ -1,7 +1,7 @@
 """LoRA as people run it: PEFT, Trainer and TRL unchanged but for `protect`. Frozen layers go out, adapters stay.
 
-Scheme `split` rounds the base's weights to integers, so plain PEFT gets a base of such weights too: then the numbers
-are the same.
+Scheme `split` rounds the base's weights to integers, so all get a base whose weights integers give exactly: then the
+numbers are those of plain PEFT.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from trl import SFTConfig, SFTTrainer
 
 from tempo.layers.base import Protected
 from tempo.session import Session
-from tempo.settings import Settings
-from tempo.wire.integers import integers
 
 # Versions of PEFT and transformers that do not know each other's latest names yet.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -39,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def adapted(name: str, adapters: int = 1, **options: Any) -> PeftModel:
     """A tiny model with adapters that already do something."""
-    base = rounded(make(name))
+    base = exact(make(name))
     task = "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
     config = LoraConfig(
         r=4,
@@ -54,13 +52,12 @@ def adapted(name: str, adapters: int = 1, **options: Any) -> PeftModel:
     return model
 
 
-def rounded(base: nn.Module) -> nn.Module:
-    """``base`` with weights that scheme `split` has no need to round."""
+def exact(base: nn.Module) -> nn.Module:
+    """``base`` with weights that scheme `split` has no need to round: of one magnitude in a row, and either sign."""
     for module in base.modules():
         if isinstance(module, nn.Linear | Conv1D):
             weight = module.weight.data if isinstance(module, nn.Linear) else module.weight.data.t()
-            weight_q, scales = integers(weight, Settings().split_weight_bits)
-            weight.copy_(weight_q * scales)
+            weight.copy_(weight.sign() * weight.abs().mean(1, keepdim=True))
     return base
 
 
@@ -121,7 +118,7 @@ def test_losses_gradients_and_stored_adapters_equal_plain_peft(connect, tmp_path
 
     model.eval().save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
-    stored = PeftModel.from_pretrained(rounded(make(name)), tmp_path).eval()
+    stored = PeftModel.from_pretrained(exact(make(name)), tmp_path).eval()
     assert not any(isinstance(module, Protected) for module in stored.modules())
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, stored(**batch).logits, rtol=1e-4, atol=1e-5)
@@ -177,7 +174,7 @@ def test_an_output_layer_within_an_adapter_still_counts_as_the_last(connect):
 
 
 def test_an_adapter_added_to_a_protected_model_stays_too(connect):
-    plain = rounded(make("llama")).requires_grad_(False)
+    plain = exact(make("llama")).requires_grad_(False)
     session, model = in_session(connect, plain)
     sent = session.stats().flops_offloaded
     config = LoraConfig(r=4, task_type="CAUSAL_LM")

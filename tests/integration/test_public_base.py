@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ import tempo
 from tempo.errors import SettingsError, WorkerLacksWeightError
 
 ROWS = 64
+BITS = 14
+"""Other than the default, and such that rounding shows little."""
+SPLIT: dict[str, Any] = {"scheme": "split", "placement": "all", "split_weight_bits": BITS}
 
 
 class Block(nn.Module):
@@ -49,7 +53,7 @@ def addresses(base: Block, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     processes = []
     for name in "ab":
         command = [sys.executable, "-m", "tempo.worker", "--listen", f"unix:{folder / name}", "--threads", "1"]
-        command += ["--base", str(folder)]
+        command += ["--base", str(folder), "--base-bits", str(BITS)]
         processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     try:
         for process in processes:
@@ -84,7 +88,7 @@ def changed(model: Block) -> Block:
 
 def run(model: Block, addresses: list[str]) -> tuple[tuple[Tensor, Tensor], int]:
     """What `step` gives through workers, and the bytes of tensors that they were sent."""
-    with tempo.connect(*addresses, scheme="split", base="public", placement="all") as session:
+    with tempo.connect(*addresses, base="public", **SPLIT) as session:
         before = session.stats()
         found = step(session.protect(copy.deepcopy(model)))
         stats = session.stats() - before
@@ -102,7 +106,7 @@ def test_weights_of_the_base_do_not_travel(base: Block, addresses: list[str], au
     matrices = sum(p.numel() for p in base.parameters() if p.dim() == 2)
     alone = sum(p.numel() for p in (base.q.weight, base.k.weight, base.v.weight))  # at the first call
     assert unknown - known == 2 * 2 * (matrices + alone)  # to two workers, in two bytes
-    bound = 2e-2 if autocast else 2e-3
+    bound = 2e-2 if autocast else 5e-3
     expected, gradient = step(base)
     assert (y - expected).norm() <= bound * expected.norm()
     assert (grad - gradient).norm() <= bound * gradient.norm()
@@ -113,7 +117,7 @@ def test_what_all_workers_have_goes_out_although_nobody_said_that_it_is_public(
 ) -> None:
     model = copy.deepcopy(base)
     model.down.weight.data.add_(0.01 * torch.randn(48, 80))  # secret, or of another base
-    with tempo.connect(*addresses, scheme="split", placement="all") as session:
+    with tempo.connect(*addresses, **SPLIT) as session:
         before = session.stats()
         y, grad = step(session.protect(copy.deepcopy(model)))
         stats, lines = session.stats() - before, str(session.summary()).splitlines()
@@ -123,12 +127,12 @@ def test_what_all_workers_have_goes_out_although_nobody_said_that_it_is_public(
     down = sum(p.numel() for p in (base.q.weight, base.k.weight, base.v.weight, base.up.weight))
     assert stats.flops_offloaded > 2 * 2 * ROWS * down
     expected, gradient = step(model)
-    assert (y - expected).norm() <= 2e-3 * expected.norm()
-    assert (grad - gradient).norm() <= 2e-3 * gradient.norm()
+    assert (y - expected).norm() <= 5e-3 * expected.norm()
+    assert (grad - gradient).norm() <= 5e-3 * gradient.norm()
 
 
 def test_what_no_worker_has_is_refused_until_somebody_says_that_it_is_public(base: Block, addresses: list[str]) -> None:
-    with tempo.connect(*addresses, scheme="split", placement="all") as session:
+    with tempo.connect(*addresses, **SPLIT) as session:
         before = session.stats()
         for said, match in ("auto", "none here that every worker has"), ("secret", "choose one that hides weights"):
             model = changed(base)
@@ -142,7 +146,7 @@ def test_what_no_worker_has_is_refused_until_somebody_says_that_it_is_public(bas
 def test_a_weight_that_a_worker_only_claimed_to_have_is_not_sent(
     base: Block, addresses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with tempo.connect(*addresses, scheme="split", placement="all") as session:
+    with tempo.connect(*addresses, **SPLIT) as session:
         monkeypatch.setattr(session._engine, "known", lambda digests: [True] * len(digests))  # as liars would have it
         model = session.protect(changed(base))
         before = session.stats()

@@ -29,13 +29,14 @@ from tempo.errors import (
 )
 from tempo.schemes.fixed_point import share_rows
 from tempo.session import Session
+from tempo.settings import Settings
 from tempo.wire import identity
 from tempo.wire.integers import integers
 from tempo.worker.lying import LIES
 from tempo.worker.server import Options, Server
 
 SPLIT = {"scheme": "split", "base": "public"}
-WIDTH = 24
+WIDTH, BITS = 24, Settings().split_weight_bits
 
 
 class Adapted(nn.Module):
@@ -56,7 +57,7 @@ def rounded() -> Adapted:
     """The plain network on the integers that workers have."""
     model = Adapted()
     for layer in (model.q, model.k, model.v, model.out):
-        w_q, scales = integers(layer.weight, 12)
+        w_q, scales = integers(layer.weight, BITS)
         layer.weight = nn.Parameter(w_q * scales, requires_grad=False)
     return model
 
@@ -245,8 +246,8 @@ def test_a_weight_that_an_adapter_was_merged_into_is_never_sent(tmp_path, calls)
     stored = [load_file(file)["w"] for file in tmp_path.glob("*/*/*-store.safetensors")]
     rows = {tuple(row.tolist()) for w in stored for row in w}
     assert stored
-    assert not rows & {tuple(row.tolist()) for row in integers(merged, 12)[0]}
-    assert rows >= {tuple(row.tolist()) for row in integers(model.q.weight, 12)[0]}  # the control
+    assert not rows & {tuple(row.tolist()) for row in integers(merged, BITS)[0]}
+    assert rows >= {tuple(row.tolist()) for row in integers(model.q.weight, BITS)[0]}  # the control
 
 
 def test_a_weight_that_trains_stays(connect):

@@ -33,7 +33,7 @@ class Assumptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     cores: Annotated[int, Meta(ge=1, le=1 << 16)] = 16
     """Of the trusted side."""
     colluders: Annotated[int, Meta(ge=1, le=15)] = 1
-    weight_bits: Annotated[int, Meta(ge=4, le=16)] = 12
+    weight_bits: Annotated[int, Meta(ge=4, le=16)] = 9
     utilisation: Annotated[float, Meta(gt=0, le=1)] = 0.25
     """Share of a GPU's peak that is reached, reductions mod p included."""
     memory_share: Annotated[float, Meta(gt=0, le=1)] = 0.9

@@ -70,7 +70,7 @@ class Split(Scheme):
         unfolds=True,
     )
 
-    def __init__(self, colluders: int = 1, bits: int = 12, policy: Policy = _EVERY_CALL) -> None:
+    def __init__(self, colluders: int = 1, bits: int = 9, policy: Policy = _EVERY_CALL) -> None:
         self.colluders, self.bits, self.policy = colluders, bits, policy
         if colluders > 1:
             least = colluders + 1

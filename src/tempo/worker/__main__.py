@@ -39,7 +39,7 @@ def worker(
     ] = None,
     base_bits: Annotated[
         list[int] | None,
-        typer.Option(min=2, max=16, help="Of its weights as integers (split_weight_bits); by default 12 and 8."),
+        typer.Option(min=2, max=16, help="Of its weights as integers (split_weight_bits); by default 9 and 8."),
     ] = None,
     identity: Annotated[Path | None, typer.Option(help="Private key made by `tempo keygen`.")] = None,
     peers: Annotated[Path | None, typer.Option(help="Certificate, or folder of them, of who may connect.")] = None,

@@ -22,7 +22,7 @@ from tempo.wire.memory import BlockPool
 from tempo.worker.compute import Incoming
 from tempo.worker.refusal import Refusal
 
-BITS: Final = (12, 8)
+BITS: Final = (9, 8)
 """Of integers that are offered unless others are asked for."""
 
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")

@@ -40,7 +40,7 @@ class Exchange:
     operators: int
 
     @classmethod
-    def of(cls, w: Tensor, colluders: int = 1, bits: int = 12) -> Exchange:
+    def of(cls, w: Tensor, colluders: int = 1, bits: int = 9) -> Exchange:
         scheme, keys, everyone = Split(colluders, bits), KeySchedule(), targets(*map(str, range(colluders + 1)))
         weight = scheme.encode_weight(Problem(Linear(), torch.float32), w, keys.fresh(1, "w"), everyone, empty)
         assert isinstance(weight, PublicWeight)

@@ -118,15 +118,31 @@ def test_no_row_is_so_long_that_a_sum_could_wrap(features, where, kind, data):
     assert float(out.double().square().sum(1).max().sqrt()) * omega <= HALF
 
 
+@pytest.mark.parametrize("bits", range(4, 17))
+@pytest.mark.parametrize("outliers", [1.0, 30.0])
+def test_the_longest_sums_fit_and_nearly_fill_the_residues(bits, outliers):
+    """Rows that are parallel to what they meet, both ways: not one may wrap, and no bit is given away."""
+    torch.manual_seed(bits)
+    w = torch.randn(40, 60) * torch.logspace(-3, 3, 40)[:, None]
+    w[:, 3] *= outliers
+    exchange = Exchange.of(w, bits=bits)
+    w_q, scales = exchange.w_q.long(), exchange.weight.scales
+    forward = exchange.send(torch.cat([w_q.float(), w_q.sign().float(), 1e30 * w_q.float()]))
+    backward = exchange.send_back(forward, torch.cat([w_q.t() / scales, w_q.t().sign() / scales]))
+    for sent, there in ((forward, w_q.t()), (backward, w_q)):
+        largest = int((total([share(operand) for operand in sent.operands]) @ there).abs().max())
+        assert 0.99 * HALF < largest <= HALF
+
+
 def test_more_bits_of_a_weight_leave_fewer_of_rows():
-    """12 are about the best: fewer round the weight, more the rows (docs/schemes/split.md has a table)."""
+    """docs/schemes/split.md has a table."""
     torch.manual_seed(0)
     x, w = torch.randn(64, 2048), torch.randn(256, 2048)
     errors = {}
     for bits in (8, 12, 16):
         exchange = Exchange.of(w, 1, bits)
         errors[bits] = float((exchange.y(exchange.send(x)) - x @ w.t()).norm() / (x @ w.t()).norm())
-    assert errors[12] < 8e-4 < 2e-3 < errors[16] < errors[8] < 1.2e-2
+    assert errors[12] < 1.1e-3 < errors[16] < 2e-3 < errors[8] < 1.2e-2
 
 
 def test_a_row_that_is_not_finite_spoils_its_own_product_only():

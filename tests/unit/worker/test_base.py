@@ -28,7 +28,7 @@ def weights(tmp_path: Path) -> dict[str, Tensor]:
     torch.manual_seed(0)
     folder = tmp_path / "base"
     folder.mkdir()
-    first = {"q": torch.randn(8, 12), "k": torch.randn(4, 12).bfloat16(), "qkv": torch.randn(15, 5)}
+    first = {"q": torch.randn(8, 9), "k": torch.randn(4, 9).bfloat16(), "qkv": torch.randn(15, 5)}
     second = {"gpt2": torch.randn(12, 8).double(), "conv": torch.randn(6, 3, 2, 2), "table": torch.arange(6).view(2, 3)}
     save_file(first, folder / "model-00001-of-00002.safetensors")
     save_file(second, folder / "model-00002-of-00002.safetensors")
@@ -46,7 +46,7 @@ def stored(link: Link, parts: Sequence[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
-@pytest.mark.parametrize("bits", [8, 12])
+@pytest.mark.parametrize("bits", [8, 9])
 def test_every_matrix_is_there_as_integers(start: Start, weights, tmp_path: Path, transport: str, bits: int) -> None:
     link = start(base=(tmp_path / "base",)).link(transport)
     asked = [weights["q"], weights["k"], weights["gpt2"], weights["gpt2"].t(), weights["conv"].flatten(1)]
@@ -60,28 +60,28 @@ def test_every_matrix_is_there_as_integers(start: Start, weights, tmp_path: Path
 def test_weights_one_below_the_other_are_one(start: Start, weights, tmp_path: Path) -> None:
     """As where layers share their input: scales belong to rows, so integers of both are the integers of each."""
     link = start(base=(tmp_path / "base",)).link()
-    parts = [integers(weights[name], 12)[0] for name in ("q", "k", "q")]
+    parts = [integers(weights[name], 9)[0] for name in ("q", "k", "q")]
     assert torch.equal(stored(link, parts), torch.cat(parts))
-    together, _ = integers(torch.cat([weights["q"], weights["k"].float()]), 12)
+    together, _ = integers(torch.cat([weights["q"], weights["k"].float()]), 9)
     assert torch.equal(stored(link, parts[:2]), together)
 
 
 def test_bits_are_those_that_were_asked_for(start: Start, weights, tmp_path: Path) -> None:
-    link = start(base=(tmp_path / "base",), base_bits=(10,)).link()
-    w_q, _ = integers(weights["q"], 10)
+    link = start(base=(tmp_path / "base",), base_bits=(12,)).link()
+    w_q, _ = integers(weights["q"], 12)
     assert torch.equal(stored(link, [w_q]), w_q)
     with pytest.raises(WorkerLacksWeightError):
-        stored(link, [integers(weights["q"], 12)[0]])
+        stored(link, [integers(weights["q"], 9)[0]])
 
 
 def test_what_is_not_there_is_refused_and_the_connection_goes_on(start: Start, weights, tmp_path: Path) -> None:
     link = start(base=(tmp_path / "base",)).link()
-    w_q, _ = integers(weights["q"], 12)
+    w_q, _ = integers(weights["q"], 9)
     for asked in [w_q + 1], [w_q, w_q + 1]:
         with pytest.raises(WorkerLacksWeightError, match="unknown-digest"):
             stored(link, asked)
     with pytest.raises(WorkerFailedError, match="bad-request: weights of different widths"):
-        stored(link, [w_q, integers(weights["gpt2"], 12)[0]])
+        stored(link, [w_q, integers(weights["gpt2"], 9)[0]])
     with pytest.raises(WorkerFailedError, match="weight 1 is not stored"):
         link.request(Fetch(step=0, layer=0, weight=1), {}, {"w": ((8, 12), torch.int16)})["w"].result()
     assert torch.equal(stored(link, [w_q]), w_q)
@@ -94,7 +94,7 @@ def test_a_worker_without_a_base_says_so(start: Start) -> None:
 
 def test_tensors_and_digests_do_not_come_together(start: Start, weights, tmp_path: Path) -> None:
     link = start(base=(tmp_path / "base",)).link()
-    w_q, _ = integers(weights["q"], 12)
+    w_q, _ = integers(weights["q"], 9)
     message = Store(step=0, layer=0, weight=1, digests=(digest(w_q),))
     with pytest.raises(WorkerFailedError, match="bad-request"):
         link.request(message, {"w": w_q}, {})[ACKNOWLEDGED].result()
@@ -102,7 +102,7 @@ def test_tensors_and_digests_do_not_come_together(start: Start, weights, tmp_pat
 
 def test_a_weight_that_exceeds_the_memory_limit_is_refused(start: Start, weights, tmp_path: Path) -> None:
     link = start(base=(tmp_path / "base",), memory_limit="64KiB").link()
-    w_q, _ = integers(weights["q"], 12)
+    w_q, _ = integers(weights["q"], 9)
     with pytest.raises(WorkerOutOfMemoryError):
         stored(link, [w_q] * 1000)
     assert torch.equal(stored(link, [w_q]), w_q)
@@ -114,11 +114,11 @@ def test_a_file_that_changes_gives_nothing_else(start: Start, weights, tmp_path:
     path.unlink()
     save_file({"q": weights["q"] + 1, "k": weights["k"]}, path)
     with pytest.raises(WorkerLacksWeightError, match="not what it was"):
-        stored(link, [integers(weights["q"], 12)[0]])
+        stored(link, [integers(weights["q"], 9)[0]])
     path.write_bytes(b"no such thing")
     with pytest.raises(WorkerLacksWeightError, match="not what it was"):
-        stored(link, [integers(weights["k"], 12)[0]])
-    other, _ = integers(weights["gpt2"], 12)
+        stored(link, [integers(weights["k"], 9)[0]])
+    other, _ = integers(weights["gpt2"], 9)
     assert torch.equal(stored(link, [other]), other)
 
 
