@@ -1,7 +1,7 @@
 // Products of a tall matrix with a few vectors, on either side, in one read of it; and rows of such a product.
 //
-// A library's kernels for square matrices reach a third of what these shapes allow. A panel of rows stays in the second-level
-// cache while all is made of it; sums run in registers, over as many rows or columns as there are registers for.
+// A panel of rows stays in the second-level cache while all is made of it, which libraries' kernels for square matrices
+// do not see to; sums run in registers, of as many rows or columns as there are registers for.
 #pragma once
 
 #include "low_rank_types.h"
@@ -121,20 +121,21 @@ void products_of(const Tall &t) {
 inline void tall_products(const Tall &t) { t.half ? products_of<uint16_t>(t) : products_of<float>(t); }
 
 // Rows of `low` times `up`, each plus `bias` if there is one: R rows of C vectors of columns.
-template <int R, int C>
+template <int R, int C, bool kWhole>
 inline void low_rank_some(const LowRank &l, const float *bias, int64_t row, int64_t columns, int64_t column, float *to,
                         int64_t stride) {
     Vector totals[R][C];
     for (int c = 0; c < C; ++c) {
         const int64_t at = column + c * kLanes;
-        const Vector start = bias ? load_some(bias + at, columns - at) : Vector{};
+        const Vector start = !bias ? Vector{} : kWhole ? load(bias + at) : load_some(bias + at, columns - at);
         for (int r = 0; r < R; ++r) totals[r][c] = start;
     }
     const float *low = l.low + row * l.low_stride;
     for (int k = 0; k < l.rank; ++k) {
         const float *up = l.up + k * columns + column;
         Vector v[C];
-        for (int c = 0; c < C; ++c) v[c] = load_some(up + c * kLanes, columns - column - c * kLanes);
+        for (int c = 0; c < C; ++c)
+            v[c] = kWhole ? load(up + c * kLanes) : load_some(up + c * kLanes, columns - column - c * kLanes);
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < C; ++c) totals[r][c] += v[c] * low[r * l.low_stride + k];
     }
@@ -148,17 +149,17 @@ static_assert(kLowRankRows <= kMostLowRankRows);
 // `count` rows from `row` on, to memory whose rows are `stride` elements apart, and hold whole vectors.
 inline void low_rank_rows(const LowRank &l, const float *bias, int64_t row, int count, int64_t columns, float *to,
                         int64_t stride) {
-    int64_t column = 0;
-    if (count == kLowRankRows) {
-        for (; column + 2 * kLanes <= columns; column += 2 * kLanes)
-            low_rank_some<kLowRankRows, 2>(l, bias, row, columns, column, to, stride);
-        for (; column < columns; column += kLanes)
-            low_rank_some<kLowRankRows, 1>(l, bias, row, columns, column, to, stride);
+    if (count < kLowRankRows) {
+        for (int r = 0; r < count; ++r)
+            for (int64_t column = 0; column < columns; column += kLanes)
+                low_rank_some<1, 1, false>(l, bias, row + r, columns, column, to + r * stride, stride);
         return;
     }
-    for (int r = 0; r < count; ++r)
-        for (column = 0; column < columns; column += kLanes)
-            low_rank_some<1, 1>(l, bias, row + r, columns, column, to + r * stride, stride);
+    int64_t column = 0;
+    for (; column + 2 * kLanes <= columns; column += 2 * kLanes)
+        low_rank_some<kLowRankRows, 2, true>(l, bias, row, columns, column, to, stride);
+    for (; column < columns; column += kLanes)
+        low_rank_some<kLowRankRows, 1, false>(l, bias, row, columns, column, to, stride);
 }
 
 }  // namespace tempo::TEMPO_ISA
