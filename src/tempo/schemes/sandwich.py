@@ -22,6 +22,10 @@ _CHUNK = 1 << 18
 """Elements handled at a time, so that the passes of one chunk stay in the second-level cache."""
 
 
+_WIDEST = 1 << 14
+"""Columns of which a few rows stay in the second-level cache."""
+
+
 def sandwich(
     x: Tensor,
     rows: Operator | None,
@@ -53,7 +57,10 @@ def sandwich(
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     biases = biases or [None] * len(outs)
     native = kernels.native()
-    if native is not None and _in_kernel(native, x, rows, columns, outs, axis, biases, watch, plus):
+    if native is not None and (
+        _in_kernel(native, x, rows, columns, outs, axis, biases, watch, plus)
+        or (plus is None and _planes_in_kernel(native, x, rows, columns, outs, axis, biases))
+    ):
         return
     if axis == 0 and len(outs) > 1:
         whole = torch.empty(sum(len(out) for out in outs), *x.shape[1:], dtype=outs[0].dtype)
@@ -88,7 +95,7 @@ def _in_kernel(
     axis: int,
     biases: Sequence[Tensor | None],
     watch: Watch | None,
-    plus: Factors | None,
+    plus: Factors | None = None,
 ) -> bool:
     """Have the native kernel do it, where it can: matrices, or channels that lie side by side in memory."""
     if columns is not None and columns.size != x.shape[1]:
@@ -107,6 +114,45 @@ def _in_kernel(
     if watch is not None:
         watch.seen = in_range
     return True
+
+
+def _planes_in_kernel(
+    native: ModuleType,
+    x: Tensor,
+    rows: Operator | None,
+    columns: Operator | None,
+    outs: Sequence[Tensor],
+    axis: int,
+    biases: Sequence[Tensor | None],
+) -> bool:
+    """Have the native kernel do it where channels lie first: weights of kernels, and maps in PyTorch's usual order."""
+    if x.dim() == 2 or (rows is None and columns is None) or any(t.dtype not in kernels.DTYPES for t in (x, *outs)):
+        return False
+    if columns is not None and columns.size != x.shape[1]:
+        return False
+    positions = prod(x.shape[2:])
+    if columns is None or not columns.blocks:
+        # Elements of a plane move together: a matrix with as many columns for every one of ``x``.
+        if x[0].numel() > _WIDEST or not all(out.is_contiguous() for out in outs):
+            return False
+        if columns is not None:
+            columns = Operator((_of_planes(columns.gathers[0], positions),))
+        many = [None if bias is None else bias.repeat_interleave(positions) for bias in biases]
+        matrices = [out.view(len(out), -1) for out in outs]
+        return _in_kernel(native, x.reshape(len(x), -1), rows, columns, matrices, axis, many, None)
+    turned = [torch.empty((len(out), *out.shape[2:], out.shape[1]), dtype=out.dtype).movedim(-1, 1) for out in outs]
+    if not _in_kernel(native, x.movedim(1, -1).contiguous().movedim(-1, 1), rows, columns, turned, axis, biases, None):
+        return False
+    for out, values in zip(outs, turned, strict=True):
+        out.copy_(values)
+    return True
+
+
+def _of_planes(gather: Gather, positions: int) -> Gather:
+    """``gather`` where every column is a plane of so many elements."""
+    index = gather.index.unsqueeze(1) * positions + torch.arange(positions, dtype=gather.index.dtype)
+    scale = None if gather.scale is None else gather.scale.repeat_interleave(positions)
+    return Gather(index.view(-1), scale)
 
 
 def _batch(t: Tensor) -> Tensor | None:
@@ -161,10 +207,7 @@ def _pixels_in_torch(x: Tensor, rows: Operator | None, columns: Operator | None,
     width = x.shape[-1]
     if rows is not None and not rows.blocks:
         pixels, gather = prod(x.shape[1:-1]), rows.gathers[0]
-        index = gather.index.unsqueeze(1) * pixels + torch.arange(pixels, dtype=gather.index.dtype)
-        scale = None if gather.scale is None else gather.scale.repeat_interleave(pixels)
-        rows = Operator((Gather(index.view(-1), scale),))
-        _in_torch(x.reshape(-1, width), rows, columns, [out.view(-1, width)])
+        _in_torch(x.reshape(-1, width), Operator((_of_planes(gather, pixels),)), columns, [out.view(-1, width)])
         return
     between = x
     if columns is not None:

@@ -6,6 +6,7 @@ import torch
 from tempo import kernels
 from tempo.keys import KeySchedule
 from tempo.schemes.masks import Form, Mask, draw, draw_blocks
+from tempo.schemes.operators import Gather, Operator
 from tempo.schemes.sandwich import sandwich
 
 KINDS = {
@@ -143,6 +144,38 @@ def test_channels_that_lie_side_by_side(kernel, kind):
     sandwich(x, rows, columns, [out], 1, [bias])
     exact += bias.double().view(-1, 1, 1)
     assert (out - exact).abs().max() <= 2e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("left", ["none", "permutation", "blocks"])
+@pytest.mark.parametrize("right", ["none", "permutation", "blocks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_that_lie_first(kernel, left, right, dtype):
+    if left == right == "none":
+        return  # a copy
+    shape = (34, 40, 3, 3)
+    rows, columns = operators(left, right, shape, Form.INVERSE)
+    x = torch.randn(shape)
+    exact = torch.empty(shape, dtype=torch.float64)
+    sandwich(x.double(), rows, columns, [exact])
+    tolerance = 2e-6 if dtype == torch.float32 else 4e-3
+    for axis, sizes in ((1, (40,)), (1, (16, 24)), (0, (10, 24))):
+        outs = [part.clone() for part in torch.empty(shape, dtype=dtype).split(sizes, axis)]
+        biases = [torch.randn(sizes[0]), None][: len(sizes)] if axis == 1 else [None, None]
+        sandwich(x, rows, columns, outs, axis, biases)
+        for out, piece, bias in zip(outs, exact.split(sizes, axis), biases, strict=True):
+            expected = piece if bias is None else piece + bias.double().view(-1, 1, 1)
+            assert (out - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_groups_as_many_as_taps_are_no_matrix():
+    shape, channels = (18, 4, 3, 3), 36
+    rows, columns = (mask("permutation", size).operator(Form.PLAIN) for size in (18, channels))
+    order = torch.arange(9).repeat_interleave(4) * 4 + columns.gathers[0].index % 4
+    columns = Operator((Gather(order.int(), columns.gathers[0].scale),))
+    x, out, exact = torch.randn(shape), torch.empty(shape), torch.empty(shape, dtype=torch.float64)
+    sandwich(x.double(), rows, columns, [exact])
+    sandwich(x, rows, columns, [out])
+    torch.testing.assert_close(out.double(), exact)
 
 
 def test_what_is_not_an_operator_is_refused():
