@@ -1,13 +1,14 @@
-"""How good the planner is: what it foretells beside what a call takes, and what it costs where nothing pays.
+"""How good the planner is: what it foretells beside what a call takes, how long it takes to measure, and what it costs
+where nothing pays.
 
-python benchmarks/placement.py [FILE]
+python benchmarks/placement.py [--json FILE]
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
-import sys
 import time
 from collections.abc import Callable
 from itertools import product
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 import tempo
 from tempo import schemes
 from tempo.bench.measure import machine, null_session
-from tempo.engine.costs import MeasuredCosts
+from tempo.engine.costs import MeasuredCosts, sample
+from tempo.engine.measure import measure
 from tempo.engine.memory import keep_heap
+from tempo.schemes.base import Scheme
 from tempo.settings import parse
-from tempo.wire.messages import Linear
+from tempo.wire.messages import Conv, Linear, Product
 
 REPEATS = 15
 WIRE = 3e9
@@ -55,13 +58,44 @@ NOTHING_PAYS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def step(model: nn.Module, x: Tensor) -> float:
+def step(model: nn.Module, x: Tensor, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one forward and backward pass."""
-    started = time.perf_counter()
+    started = clock()
     model.zero_grad()
     y = model(x)
     y.backward(torch.ones_like(y))
-    return time.perf_counter() - started
+    return clock() - started
+
+
+def starting() -> dict[str, Any]:
+    """What a session measures: links and workers at its start, then each class of layer of `LAYERS` when it is met.
+
+    Seconds that pass, and those of them that this process computes: on a busy machine it waits between.
+    """
+    found: dict[str, Any] = {"classes": len({sample(*_product(make(), shape)) for make, shape in LAYERS.values()})}
+    with tempo.connect(base="secret", local_threads=1) as session:
+        (link,) = session._engine.links
+        found["probes"] = _took(lambda: measure(link))
+    for name in ("tempo", "mix", "mix-tuned"):
+        scheme, costs = schemes.create(name), MeasuredCosts("auto", ["one"])
+
+        def all_classes(scheme: Scheme = scheme, costs: MeasuredCosts = costs) -> None:
+            for make, shape in LAYERS.values():
+                costs.rates(scheme, *_product(make(), shape), torch.float32)
+
+        found[name] = _took(all_classes)
+    return found
+
+
+def _product(layer: nn.Module, x: tuple[int, ...]) -> tuple[Product, tuple[int, ...], tuple[int, ...]]:
+    kind = Linear() if isinstance(layer, nn.Linear) else Conv((1, 1), (1, 1), (1, 1), 1)
+    return kind, x, tuple(layer.get_parameter("weight").shape)
+
+
+def _took(run: Callable[[], object]) -> dict[str, float]:
+    started, computed = time.perf_counter(), time.thread_time()
+    run()
+    return {"s": time.perf_counter() - started, "computing_s": time.thread_time() - computed}
 
 
 def foretold(scheme: str) -> list[dict[str, Any]]:
@@ -96,12 +130,13 @@ def foretold(scheme: str) -> list[dict[str, Any]]:
                     "of_which": {"mask_ms": told.mask * 1e3, "check_ms": told.check * 1e3, "wire_ms": told.wire * 1e3},
                 }
             )
-        print(f"{scheme}: measuring costs took {planner._costs.spent:.2f} s for {len(LAYERS)} kinds of layer")
     return found
 
 
 def overhead() -> list[dict[str, Any]]:
-    """Models of which nothing goes out: a step under a session over a plain one, by the medians of blocks of steps."""
+    """Models of which nothing goes out: a step under a session over a plain one, by the medians of blocks of steps,
+    in this thread's own time.
+    """
     found = []
     with tempo.connect(base="secret", local_threads=1) as session:
         for name, (make, shape) in NOTHING_PAYS.items():
@@ -110,7 +145,7 @@ def overhead() -> list[dict[str, Any]]:
             blocks: dict[str, list[float]] = {"plain": [], "protected": []}
             for _ in range(REPEATS):
                 for which, network in (("plain", plain), ("protected", model)):
-                    blocks[which].append(median(step(network, x) for _ in range(50)))
+                    blocks[which].append(median(step(network, x, time.thread_time) for _ in range(50)))
             if session.summary().offloaded_share:
                 raise SystemExit(f"{name}: something went out")
             ratio = median(b / a for a, b in zip(blocks["plain"], blocks["protected"], strict=True))
@@ -135,11 +170,17 @@ def directions(scheme: str) -> dict[str, Any]:
     return {"gains": sum(gain > 1.05 for gain, *_ in gains) / len(gains), "most": max(gains)}
 
 
-def main(file: str = "") -> None:
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--json", type=Path, help="Write the figures here, too.")
+    file = arguments.parse_args().json
     torch.set_num_threads(1)
     torch.manual_seed(0)
     keep_heap()
-    results: dict[str, Any] = {"machine": machine(), "foretold": {}, "directions": {}, "nothing_pays": []}
+    results: dict[str, Any] = {"machine": machine(), "starting": starting(), "foretold": {}, "directions": {}}
+    for what, took in results["starting"].items():
+        if what != "classes":
+            print(f"measuring {what}: {took['s']:.2f} s, of which {took['computing_s']:.2f} s computing")
     for scheme in ("tempo", "mix"):
         results["foretold"][scheme] = foretold(scheme)
         results["directions"][scheme] = found = directions(scheme)
@@ -153,9 +194,9 @@ def main(file: str = "") -> None:
     results["nothing_pays"] = overhead()
     for line in results["nothing_pays"]:
         print(f"{line['model']:40} plain {line['plain_ms']:.3f} ms, protected {line['ratio']:.3f} of it")
-    if file:
-        Path(file).write_text(json.dumps(results, indent=2) + "\n")
+    if file is not None:
+        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main()
