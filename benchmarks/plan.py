@@ -48,7 +48,8 @@ def serve(folder: Path, stack: ExitStack) -> list[str]:
     found = []
     for name in OPERATORS:
         key, certificate, _ = identity.generate(folder, name)
-        shutil.copy(certificate, folder / "peers")
+        (accepted := folder / "peers" / name).mkdir()
+        shutil.copy(certificate, accepted)
         options = ["--listen", "127.0.0.1:0", "--threads", "1", "--identity", key, "--peers", folder / "trusted.pub"]
         command = [sys.executable, "-m", "tempo.worker", *map(str, options)]
         worker = stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))  # noqa: S603

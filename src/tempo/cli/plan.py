@@ -53,7 +53,7 @@ def plan(
     gpu: Annotated[list[str] | None, typer.Option(help=f"{', '.join(GPUS)}; may be repeated.")] = None,
     workers: Annotated[
         list[str] | None,
-        typer.Option(metavar="ADDRESS[,ADDRESS...]", help="Measure workers that are there, one of each operator."),
+        typer.Option(metavar="ADDRESS...", help="Measure workers that are there, one of each operator."),
     ] = None,
     link: Annotated[
         list[float] | None, typer.Option(help="Gbit/s of the trusted side; may be repeated.", show_default="10, 100")
