@@ -202,12 +202,12 @@ def _assumptions(found: Plan) -> Table:
         f"{assumed.batch:,} tokens together; no framing",
         "colluders": f"{assumed.colluders}; {assumed.colluders + 1} operators take part",
         "workers": f"weights of {assumed.weight_bits} bits; GPUs multiply in float64 or by limbs in int8, whichever is "
-        f"faster (here {', '.join(sorted(ways))}), at {assumed.utilisation:.0%} of the published dense peak; of each "
-        f"operator as many as hold the weights in {assumed.memory_share:.0%} of their memory; they take turns, "
-        "operators do not",
+        f"faster (here {', '.join(sorted(ways))}), at {assumed.utilisation:.0%} of the published dense peak; those "
+        "that are there count as measured; of each operator as many as hold the weights in "
+        f"{assumed.memory_share:.0%} of their memory; they take turns, operators do not",
         "prices": ", ".join(f"{name} ${hour:.2f}/h" for name, hour in found.hours.items())
         + f", trusted core ${assumed.core_hour:.2f}/h, traffic ${assumed.gigabyte:.2f}/GB (--price changes them)",
-        "overlapped, in turn": "all parts at work at once: the bound; one after the other. A real run lies between",
+        "overlapped, in turn": "all parts at work at once: the bound; one after the other, as a single batch goes",
     }
     for label, text in rows.items():
         table.add_row(label, text)

@@ -47,7 +47,7 @@ class Assumptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """What a run takes with one kind of GPU and one link.
 
-    "Overlapped" is all parts at work at once, the bound; "in turn" is one after the other. A real run lies between.
+    "Overlapped" is all parts at work at once, the bound; "in turn" is one after the other, as a single batch goes.
     """
 
     worker: str
