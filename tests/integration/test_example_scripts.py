@@ -125,7 +125,7 @@ def test_the_notebook_of_text_runs(shakespeare: Path, tmp_path: Path) -> None:
 
 def test_the_notebook_of_pictures_runs(vit: Path, tmp_path: Path) -> None:
     found = execute("vit_lora", f"BASE, IMAGES, EPOCHS = '{vit}/base', 16, 1", tmp_path)
-    assert float(found.partition("largest difference of a probability: ")[2].split()[0]) < 1e-2
+    assert float(found.partition("largest difference of a probability: ")[2].split()[0]) < 5e-2
 
 
 def execute(name: str, parameters: str, folder: Path) -> str:
