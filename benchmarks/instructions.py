@@ -65,6 +65,14 @@ def kernels() -> dict[str, tuple[Call, int]]:
         "blocks of 32 on both sides": (sandwich(x, y, blocks(ROWS, 32), blocks(COLUMNS, 32)), size),
         "two rounds of 32 on both sides": (sandwich(x, y, blocks(ROWS, 32, 2), blocks(COLUMNS, 32, 2)), size),
         "blocks of 32, checked": (sandwich(x, y, blocks(ROWS, 32), blocks(COLUMNS, 32), (v, *of_rows)), size),
+        "blocks of 32, summed as sent": (
+            sandwich(x, y, blocks(ROWS, 32), blocks(COLUMNS, 32), None, None, (v, *of_rows, (q, *of_columns))),
+            size,
+        ),
+        "permute, plus rank 16": (
+            sandwich(x, y, permuted(ROWS), permuted(COLUMNS), None, (floats(ROWS, 16), floats(16, COLUMNS))),
+            size,
+        ),
         "sums of rows, copying": ((native.sums, (x, y, v, *of_rows)), size),
         "sums of rows and columns": ((native.sums, (x, None, v, *of_rows, q, *of_columns)), size),
         "sums of rows and columns, bfloat16": ((native.sums, (half, None, v, *of_rows, q, *of_columns)), size),
@@ -134,11 +142,11 @@ def blocks(size: int, side: int, rounds: int = 1) -> tuple[Any, ...]:
     return order, None, [[floats(size // side, side, side)] for _ in range(rounds)]
 
 
-def sandwich(x: Any, y: Any, rows: Any, columns: Any, watch: Any = None) -> Call:
-    """A mask from ``x`` to ``y``; ``watch`` is what `Watch` has."""
+def sandwich(x: Any, y: Any, rows: Any, columns: Any, watch: Any = None, plus: Any = None, tally: Any = None) -> Call:
+    """A mask from ``x`` to ``y``; ``watch`` is what `Watch` has, ``tally`` what `Tally`, ``plus`` two factors."""
     from tempo import _kernels as native
 
-    return native.sandwich, (x[None], rows, columns, [y[None]], 0, [None], watch)
+    return native.sandwich, (x[None], rows, columns, [y[None]], 0, [None], watch, plus, tally)
 
 
 SEED = bytes(32)

@@ -1,3 +1,5 @@
+#include <cmath>
+
 #include "bind.h"
 
 namespace {
@@ -111,11 +113,25 @@ using WatchedSums = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cp
 using Lengths = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Watching = std::tuple<Vectors, WatchedSums, Lengths>;
 using Added = std::tuple<Vectors, Vectors>;
+// Vectors, sums and lengths of rows; and weights, sums and lengths of columns.
+using Tallying = std::tuple<Vectors, WatchedSums, Lengths, std::optional<std::tuple<Vectors, WatchedSums, Lengths>>>;
 
-// True if there was nothing to watch, or all squares of what was watched are within float's range.
-bool sandwich(const Array &x, const std::optional<Given> &rows, const std::optional<Given> &columns,
+tempo::Watch watch_of(const Vectors &v, const WatchedSums &sums, const Lengths &lengths, const Matrices &of) {
+    require(of.batch == 1, "only the rows of a single matrix can be watched");
+    require(v.shape(0) <= tempo::kMostWatched && int64_t(v.shape(1)) == of.columns,
+            "vectors have to be as long as rows, and not too many");
+    require(sums.shape(0) == v.shape(0) && int64_t(sums.shape(1)) == of.rows, "sums have to be one per vector and row");
+    require(int64_t(lengths.shape(0)) == of.rows, "lengths have to be one per row");
+    return {int(v.shape(0)), v.data(), sums.data(), lengths.data(), true, 0.0f};
+}
+
+bool in_range(const tempo::Watch &watch) { return watch.finite && watch.longest > 0x1p-80f; }
+
+// Of what was watched and of what was tallied: true if that was nothing, or all its squares are within float's range.
+std::tuple<bool, bool> sandwich(const Array &x, const std::optional<Given> &rows, const std::optional<Given> &columns,
               const std::vector<Array> &outs, int axis, const std::vector<std::optional<Scale>> &biases,
-              const std::optional<Watching> &watching, const std::optional<Added> &plus) {
+              const std::optional<Watching> &watching, const std::optional<Added> &plus,
+              const std::optional<Tallying> &tallying) {
     const Matrices from = matrices_of(x);
     require(from.columns < INT32_MAX && from.rows < INT32_MAX, "a matrix is too large");
     require(biases.size() == outs.size(), "biases have to be as many as outputs");
@@ -136,13 +152,7 @@ bool sandwich(const Array &x, const std::optional<Given> &rows, const std::optio
     tempo::Watch watch{};
     if (watching) {
         const auto &[v, sums, lengths] = *watching;
-        require(from.batch == 1, "only the rows of a single matrix can be watched");
-        require(v.shape(0) <= tempo::kMostWatched && int64_t(v.shape(1)) == from.columns,
-                "vectors have to be as long as rows, and not too many");
-        require(sums.shape(0) == v.shape(0) && int64_t(sums.shape(1)) == from.rows,
-                "sums have to be one per vector and row");
-        require(int64_t(lengths.shape(0)) == from.rows, "lengths have to be one per row");
-        watch = {int(v.shape(0)), v.data(), sums.data(), lengths.data(), true, 0.0f};
+        watch = watch_of(v, sums, lengths, from);
     }
     tempo::Addend addend;
     if (plus) {
@@ -153,16 +163,44 @@ bool sandwich(const Array &x, const std::optional<Given> &rows, const std::optio
                 "factors have to make up a matrix like the result");
         addend = {int(left.shape(1)), left.data(), right.data()};
     }
+    tempo::Tally tally{};
+    std::vector<float> recent;
+    std::vector<double> totals;
+    if (tallying) {
+        const auto &[v, sums, lengths, by_column] = *tallying;
+        require(outs.size() == 1 && !plus && !biases[0], "what is summed has to be one piece, with nothing added to it");
+        tally.rows = watch_of(v, sums, lengths, from);
+        if (by_column) {
+            const auto &[q, of_columns, column_lengths] = *by_column;
+            require(q.shape(0) > 0 && q.shape(0) <= 8 && int64_t(q.shape(1)) == from.rows,
+                    "weights have to be as long as columns, at most 8");
+            require(of_columns.shape(0) == q.shape(0) && int64_t(of_columns.shape(1)) == from.columns &&
+                        int64_t(column_lengths.shape(0)) == from.columns,
+                    "sums have to be one per weight and column");
+            tally.weights = int(q.shape(0)), tally.q = q.data();
+            recent.resize((tally.weights + 1) * tempo::padded(from.columns));
+            totals.resize(recent.size());
+            tally.recent = recent.data(), tally.totals = totals.data();
+        }
+    }
     const Sandwich whole{from,
                          row_operator ? &row_operator->op : nullptr,
                          column_operator ? &column_operator->op : nullptr,
                          pieces.data(),
                          int(pieces.size()),
                          addend,
-                         watching ? &watch : nullptr};
+                         watching ? &watch : nullptr,
+                         tallying ? &tally : nullptr};
     nb::gil_scoped_release release;
     tempo::active->sandwich(whole);
-    return !watching || (watch.finite && watch.longest > 0x1p-80f);
+    for (int64_t column = 0; tally.weights && column < from.columns; ++column) {
+        const auto &[q, of_columns, column_lengths] = *std::get<3>(*tallying);
+        const double *total = totals.data() + column;
+        for (int k = 0; k < tally.weights; ++k, total += tempo::padded(from.columns))
+            of_columns.data()[k * from.columns + column] = float(*total);
+        column_lengths.data()[column] = std::sqrt(*total);
+    }
+    return {!watching || in_range(watch), !tallying || in_range(tally.rows)};
 }
 
 }  // namespace
@@ -171,7 +209,8 @@ namespace tempo {
 
 void bind_sandwich(nb::module_ &m) {
     m.def("sandwich", &::sandwich, nb::arg("x"), nb::arg("rows").none(), nb::arg("columns").none(), nb::arg("outs"),
-          nb::arg("axis"), nb::arg("biases"), nb::arg("watch").none() = nb::none(), nb::arg("plus").none() = nb::none());
+          nb::arg("axis"), nb::arg("biases"), nb::arg("watch").none() = nb::none(), nb::arg("plus").none() = nb::none(),
+          nb::arg("tally").none() = nb::none());
 }
 
 }  // namespace tempo

@@ -13,7 +13,6 @@
 
 namespace tempo::TEMPO_ISA {
 
-constexpr int kLine = 16;  // columns moved at a time: a cache line of each row
 constexpr int kParts = kLine / kLanes;
 
 constexpr int kTogether = kLanes == kLine ? 2 * kLine : kLine;  // lanes for which columns are mixed at a time
@@ -153,7 +152,8 @@ inline void mix_columns(const Block &block, const int32_t *index, const Lines &f
 
 template <typename T>
 void write_tile(const Lines &lines, const Tile &tile, const Operator *columns, const Piece &piece, const Addend &plus,
-                int64_t of_right, int64_t batch, const float *row_scale, bool past_caches) {
+                Tally *tally, const float *packed, int64_t of_right, int64_t batch, const float *row_scale,
+                bool past_caches) {
     const int32_t *index = columns ? columns->gathers[columns->rounds] + piece.column : nullptr;
     const float *column_scale = columns && columns->scale ? columns->scale + piece.column : nullptr;
     T *out = static_cast<T *>(piece.to.data) + batch * piece.to.batch_stride;
@@ -179,6 +179,22 @@ void write_tile(const Lines &lines, const Tile &tile, const Operator *columns, c
             if (column_scale) return v * (of_rows[lane / kLanes] * column_scale[column]);
             return row_scale ? v * of_rows[lane / kLanes] : v;
         };
+        float weights[kVectorsAtOnce + 1][kLine] = {};
+        if (tally) {
+            float totals[kMostWatched + kMostWatched / kVectorsAtOnce][kLine];
+            for_groups(tally->rows, [&](auto k, int first, int number) {
+                for (int lane = 0; lane < used; lane += kLanes)
+                    tally_rows<decltype(k)::value>(width, packed + int64_t(first) * width, totals[number] + lane,
+                                                   [&](int column) { return rounded(line(column, lane), out); });
+            });
+            for (int i = 0; i < used; ++i) {
+                if (panel + i >= tile.rows) break;
+                const int64_t row = tile.to[panel + i];
+                watched(tally->rows, row, piece.to.rows, totals[0] + i, kLine);
+                for (int k = 0; k < tally->weights; ++k) weights[k][i] = tally->q[k * piece.to.rows + row];
+                weights[tally->weights][i] = 1;
+            }
+        }
         int column = 0;
         for (; column + kLine <= width; column += kLine)
             for (int lane = 0; lane < used; lane += kLanes) {
@@ -196,6 +212,12 @@ void write_tile(const Lines &lines, const Tile &tile, const Operator *columns, c
                         for (int i = 0; i < kLanes; ++i) v[part][i] += broadcast(left[lane + i][k]) * of_columns;
                     }
                 }
+                if (tally && tally->weights)
+                    for (int part = 0; part < kParts; ++part) {
+                        for (int i = 0; i < kLanes; ++i) v[part][i] = rounded(v[part][i], out);
+                        tally_columns(v[part], weights[0] + lane, tally->weights,
+                                      tally->recent + column + part * kLanes, padded(width));
+                    }
                 // Whole cache lines at a time, or streaming would be slower than not.
                 for (int i = 0; i < kLanes; ++i)
                     if (all || rows[lane + i])
@@ -208,7 +230,12 @@ void write_tile(const Lines &lines, const Tile &tile, const Operator *columns, c
                 for (int i = 0; i < kLanes; ++i) {
                     float value = piece.bias ? v[i] + piece.bias[column] : v[i];
                     for (int k = 0; k < plus.rank; ++k) value += left[lane + i][k] * right[k * of_right + column];
-                    if (rows[lane + i]) narrow(value, rows[lane + i] + column);
+                    if (!rows[lane + i]) continue;
+                    narrow(value, rows[lane + i] + column);
+                    value = widen(rows[lane + i][column]);
+                    for (int k = 0; tally && tally->weights && k <= tally->weights; ++k)
+                        tally->recent[k * padded(width) + column] +=
+                            value * (k < tally->weights ? weights[k][lane + i] : value);
                 }
             }
     }
@@ -223,7 +250,7 @@ inline bool worth_streaming(const Piece &piece) {
 // --- one pass: rows by their round's blocks, columns if it is their turn ---
 
 inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_columns, const Piece *pieces, int count,
-                 const Addend &plus, int64_t batch) {
+                 const Addend &plus, Tally *tally, int64_t batch) {
     const int width = int(x.columns);
     const Operator *rows = s.rows, *columns = with_columns ? s.columns : nullptr;
     const bool mixes = rows && rows->rounds;
@@ -252,6 +279,8 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
     float *totals = watch ? scratch(7, size_t(kinds) * (size_t(most) * kLanes + kLine + padded(width))) : nullptr;
     float *packed = totals + size_t(kinds) * (size_t(most) * kLanes + kLine);
     if (watch) pack(*watch, width, mixes, packed);
+    float *of_tally = tally ? scratch(8, size_t(tally->rows.vectors) * width) : nullptr;
+    if (tally) pack(tally->rows, width, false, of_tally);
 
     for (int t = 0; t < tiles; ++t) {
         const int start = mixes ? rows->blocks[round][t].start : t * height;
@@ -309,10 +338,13 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
             for (int p = 0; p < count; ++p) {
                 const bool past_caches = worth_streaming(pieces[p]);
                 if (pieces[p].to.half)
-                    write_tile<uint16_t>(from, part, columns, pieces[p], plus, width, batch, scale, false);
+                    write_tile<uint16_t>(from, part, columns, pieces[p], plus, tally, of_tally, width, batch, scale,
+                                         false);
                 else
-                    write_tile<float>(from, part, columns, pieces[p], plus, width, batch, scale, past_caches);
+                    write_tile<float>(from, part, columns, pieces[p], plus, tally, of_tally, width, batch, scale,
+                                      past_caches);
             }
+            if (tally && tally->weights) tally->since += real, settle(*tally, width, kFlush);
         }
     }
 }
@@ -323,16 +355,17 @@ inline void sandwich(const Sandwich &s) {
         Matrices x = s.x;
         for (int round = 0; round < rounds; ++round) {
             if (round == rounds - 1) {
-                pass(s, x, round, round == 0, s.pieces, s.count, s.plus, batch);
+                pass(s, x, round, round == 0, s.pieces, s.count, s.plus, s.tally, batch);
                 break;
             }
             const int64_t width = x.columns;
             Matrices between{scratch(4 + round % 2, size_t(x.rows * width)), 1, x.rows, width, 0, width, false};
             const Piece all{between, 0, 0, nullptr};
-            pass(s, x, round, round == 0, &all, 1, Addend{}, batch);
+            pass(s, x, round, round == 0, &all, 1, Addend{}, nullptr, batch);
             x = between;
         }
     }
+    if (s.tally && s.tally->weights) settle(*s.tally, s.x.columns, 0);
     fence();
 }
 

@@ -56,6 +56,16 @@ struct Watch {
     float longest;
 };
 
+// Sums of what is written, after rounding: of its rows, and of its columns weighted by row, at most 8 of these.
+struct Tally {
+    Watch rows;
+    int weights;
+    const float *q;        // (weights, rows)
+    float *recent;         // (weights + 1, padded columns), the last for squares: zeros to begin with
+    double *totals;        // the same: what was summed so far
+    int64_t since;         // rows in `recent`
+};
+
 // A matrix of low rank that is added to the result: `left` (rows, rank) times `right` (rank, columns).
 struct Addend {
     int rank = 0;
@@ -70,6 +80,7 @@ struct Sandwich {
     int count;
     Addend plus;   // only of a single matrix
     Watch *watch;  // or null; only of a single matrix
+    Tally *tally;  // or null; only of a single matrix in one piece, with nothing added to it
 };
 
 }  // namespace tempo

@@ -8,7 +8,7 @@ namespace tempo {
 
 namespace {
 
-constexpr int kBuffers = 8;
+constexpr int kBuffers = 9;
 constexpr size_t kHugePage = size_t(2) << 20;
 
 struct Buffer {

@@ -1,4 +1,5 @@
-// Sums of the rows of what a sandwich reads, made of its own copy in the caches: what was summed is what is used.
+// Sums of the rows of what a sandwich reads, made of its own copy in the caches: what was summed is what is used. And of
+// the rows and columns of what it writes, while that is in registers.
 #pragma once
 
 #include "sandwich_types.h"
@@ -6,6 +7,7 @@
 
 namespace tempo::TEMPO_ISA {
 
+constexpr int kLine = 16;  // columns moved at a time: a cache line of each row
 constexpr int kWatchedAtOnce = 64;  // columns that one sum in float runs over
 
 // Vectors are taken in groups of kVectorsAtOnce. Each has lines of totals for its vectors and one for squares.
@@ -75,6 +77,57 @@ inline void watched(Watch &watch, int64_t row, int64_t rows, const float *totals
     watch.lengths[row] = __builtin_sqrt(double(square));
     watch.finite = watch.finite && square < kMostSquare;  // false for what is not a number
     if (square > watch.longest) watch.longest = square;
+}
+
+// --- what is written ---
+
+// As it is after it was written as a T.
+template <typename T>
+inline Vector rounded(Vector v, const T *) {
+    T written[kLanes];
+    store(written, v);
+    return load(written);
+}
+inline Vector rounded(Vector v, const float *) { return v; }
+
+// Of a panel of rows whose columns `line(column)` gives, a vector of rows each: totals[k][lane], squares last.
+template <int K, typename Line>
+inline void tally_rows(int width, const float *v, float *totals, const Line &line) {
+    Vector total[K + 1] = {};
+    for (int first = 0; first < width; first += kWatchedAtOnce) {
+        const int end = least(first + kWatchedAtOnce, width);
+        Vector part[K + 1] = {};
+        for (int column = first; column < end; ++column) {
+            const Vector x = line(column);
+            for (int k = 0; k < K; ++k) part[k] += x * broadcast(v[column * K + k]);
+            part[K] += x * x;
+        }
+        for (int k = 0; k <= K; ++k) total[k] += part[k];
+    }
+    for (int k = 0; k <= K; ++k) store(totals + k * kLine, total[k]);
+}
+
+// Adds kLanes rows of a vector of columns, each weighted by `weights[k][row]`, to lines of `recent`; and last squares, of
+// rows that `weights` says are real.
+inline void tally_columns(const Vector (&v)[kLanes], const float *weights, int count, float *recent, int64_t stride) {
+    for (int k = 0; k < count; ++k, weights += kLine, recent += stride) {
+        Vector total = load(recent);
+        for (int i = 0; i < kLanes; ++i) total += v[i] * broadcast(weights[i]);
+        store(recent, total);
+    }
+    Vector total = load(recent);
+    for (int i = 0; i < kLanes; ++i) total += v[i] * (v[i] * broadcast(weights[i]));
+    store(recent, total);
+}
+
+// Moves what was summed over some rows on to totals in double.
+inline void settle(Tally &tally, int64_t width, int64_t least_rows) {
+    if (tally.since < least_rows) return;
+    for (int64_t i = 0; i < (tally.weights + 1) * padded(width); ++i) {
+        tally.totals[i] += tally.recent[i];
+        tally.recent[i] = 0;
+    }
+    tally.since = 0;
 }
 
 }  // namespace tempo::TEMPO_ISA

@@ -45,6 +45,19 @@ def test_a_lie_told_once_is_caught_wherever_it_is_told(which):
         assert len(session.incidents) == 1
 
 
+def test_a_lie_is_caught_in_a_gradient_asked_for_again_where_the_weight_is_frozen():
+    """That call sends its input for the gradient's sake alone, and nothing of it is kept."""
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    x, g = torch.randn(12, 8, requires_grad=True), torch.randn(12, 8)
+    expected = g @ layer.weight
+    with session_with("element:3", "") as session:
+        y = session.protect(layer)(x)
+        for asked in range(2):
+            (dx,) = torch.autograd.grad(y, x, g, retain_graph=True)
+            torch.testing.assert_close(dx, expected, rtol=1e-4, atol=1e-5)
+            assert len(session.incidents) == asked
+
+
 def test_honest_workers_are_never_accused():
     with session_with("", "", "") as session:
         losses(session.protect(network()), 20)

@@ -97,6 +97,7 @@ class Call:
         sizes: Output features of each member of the product.
         keep: Whether a weight gradient may be wanted.
         residence: Where the weight lives, if that is on a worker.
+        checks: Of what workers answer, by worker.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Call:
         sizes: list[int],
         keep: bool,
         residence: Residence | None,
+        checks: dict[int, InputCheck],
     ) -> None:
         self.product = product
         self.stored = stored
@@ -123,7 +125,7 @@ class Call:
         self.shapes_x = {o.worker: o.shape("x") for o in encoded.operands}
         self.operand = 0
         self.differentiated = False
-        self.checks: dict[int, InputCheck] = {}
+        self.checks = checks
         self._resent: Batch | None = None
         if keep:
             self.operand = product.engine.new_number()
@@ -132,7 +134,6 @@ class Call:
     def begin(self) -> Batch:
         """Send ``x~``."""
         engine, kind = self.product.engine, self.product.scheme.asks(self.product.kind)
-        self._prepare_checks(want_y=True)
         batch = engine.batch(self.product)
         for operand in self.encoded.operands:
             shape_x, shape_w = self.shapes_x[operand.worker], self.stored.shapes_w[operand.worker]
@@ -169,7 +170,6 @@ class Call:
 
     def resend(self, x: Tensor) -> None:
         """Send ``x~`` to be kept, for a gradient that follows; no output is wanted."""
-        self._prepare_checks(want_y=False)
         self._resent = batch = self.product.engine.batch(self.product)
         for operand in self.encoded.operands:
             fields: dict[str, Any] = {
@@ -179,16 +179,6 @@ class Call:
             }
             batch.post(operand, Forward, {}, **fields)
         self._record(batch, x, [])
-
-    def _prepare_checks(self, *, want_y: bool) -> None:
-        product = self.product
-        self.checks = product.engine.verifier.inputs(
-            product,
-            self.stored.checks,
-            self.encoded.operands,
-            keep=bool(self.operand) and self.residence is None,
-            want_y=want_y,
-        )
 
     def _record(self, batch: Batch, x: Tensor, outputs: Sequence[Tensor]) -> None:
         truth = self.product.engine.truth
@@ -295,6 +285,11 @@ class Call:
         engine, residence = self.product.engine, self.residence if want_dw else None
         kind = self.product.scheme.asks(self.product.kind)
         engine.keys.check_process()
+        answered = want_dw and residence is None
+        wanted = {
+            worker: check.gradient_tally(want_dx=want_dx, want_dw=answered) for worker, check in self.checks.items()
+        }
+        tallies = engine.verifier.tallies(engine, wanted)
         with engine.stats.timed("mask", "g", self.product.name):
             encoded = self.encoded.encode_gradient(
                 g,
@@ -303,6 +298,7 @@ class Call:
                 lambda: saved()[0],
                 self.weight,
                 want_dw=want_dw,
+                tallies=tallies,
             )
         if not encoded.finite:
             engine.warn_if_not_finite(self.product.name, g, g.sum(1))
@@ -315,9 +311,8 @@ class Call:
             residence.accumulates(saved()[0], g)
         engine.stats.encryptions["g"] += 1
         engine.backward_seen()
-        answered = want_dw and residence is None
         checks = engine.verifier.gradients(
-            self.product, self.checks, encoded.operands, want_dx=want_dx, want_dw=answered
+            self.product, self.checks, encoded.operands, tallies, want_dx=want_dx, want_dw=answered
         )
         batch = engine.batch(self.product)
         for operand in encoded.operands:

@@ -21,7 +21,7 @@ from tempo.engine.residence import Residence, Terms
 from tempo.engine.stored import StoredWeight
 from tempo.engine.update_cost import update_cost
 from tempo.errors import NonFiniteError, UnsafeError, WorkerError
-from tempo.schemes.base import Problem, Recall, Scheme, Target
+from tempo.schemes.base import Operand, Problem, Recall, Scheme, Tallies, Target
 from tempo.wire.layout import meant, sent_shape
 from tempo.wire.messages import Linear
 from tempo.wire.messages import Product as ProductKind
@@ -169,9 +169,14 @@ class Product:
             here = [w.to(x.dtype) for w in sources]
             targets = engine.targets(self.number, x.shape[0], work, self.scheme.traits.operators)
             stored, weight = self._store(here, sources, targets, again), partial(_whole, here)
+        checks = engine.verifier.inputs(self, stored.checks, targets, keep=keep and residence is None, want_y=not again)
+        tallies = engine.verifier.tallies(engine, {worker: check.tally() for worker, check in checks.items()})
         with engine.stats.timed("mask", "x", self.name):
-            self.check_finite(x, "input")
-            encoded = stored.encoded.encode_input(x, engine.keys.fresh(self.number, "x"), targets, self.maps, weight)
+            encoded = stored.encoded.encode_input(
+                x, engine.keys.fresh(self.number, "x"), targets, self.maps, weight, tallies
+            )
+            self._check_sendable(x, encoded.operands, tallies)
+        engine.verifier.sent(self, checks, encoded.operands, tallies)
         engine.stats.encryptions["x"] += 1
         if not again:
             engine.stats.elements["x"] += x.numel()
@@ -189,7 +194,20 @@ class Product:
             [len(w) for w in weights],
             keep,
             residence,
+            checks,
         )
+
+    def _check_sendable(self, x: Tensor, operands: Sequence[Operand], tallies: Tallies) -> None:
+        """Raise `NonFiniteError` if ``x`` holds NaN or infinity; needless where sums of what was masked are finite."""
+        if all(o.worker in tallies and tallies[o.worker].rows is not None for o in operands):
+            return
+        try:
+            self.check_finite(x, "input")
+        except NonFiniteError:
+            for operand in operands:
+                for tensor in operand.tensors.values():
+                    self.engine.links[operand.worker].buffers.release(tensor)
+            raise
 
     def _settled(self, x: Tensor, weights: Sequence[Tensor], keep: bool) -> Residence | None:
         """Where the weights live for this call: None, and here, or on a worker, where they may be taken just now."""

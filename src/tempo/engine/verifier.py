@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tempo.errors import WorkerLiedError
-from tempo.schemes.base import Operand
+from tempo.schemes.base import Operand, Target
+from tempo.schemes.reply import Tally
 from tempo.verify.checks import GradientCheck, InputCheck, Residual, WeightCheck
 from tempo.verify.policy import Policy
 from tempo.verify.sketch import Sketch
@@ -49,31 +50,46 @@ class Verifier:
         self,
         product: Product,
         weights: Mapping[int, WeightCheck],
-        operands: Sequence[Operand],
+        targets: Sequence[Target],
         *,
         keep: bool,
         want_y: bool,
     ) -> dict[int, InputCheck]:
-        """Checks of an input about to be sent, by worker; none if this call is not chosen."""
+        """Checks of an input about to be masked, by worker; none if this call is not chosen."""
         if not weights or not self.policy.chooses():
             return {}
-        engine = product.engine
-        with engine.stats.timed("verify", "x", product.name):
+        fresh = partial(product.engine.keys.fresh, product.number, "verify-x")
+        with product.engine.stats.timed("verify", "x", product.name):
             return {
-                o.worker: weights[o.worker].forward(
-                    _as_it_arrives(engine, o.tensors["x"]),
-                    engine.keys.fresh(product.number, "verify-x"),
-                    keep=keep,
-                    want_y=want_y,
-                )
-                for o in operands
+                target.worker: InputCheck(weights[target.worker], fresh(), keep=keep, want_y=want_y)
+                for target in targets
+                if target.worker in weights
             }
+
+    def tallies(self, engine: Engine, wanted: Mapping[int, Tally | None]) -> dict[int, Tally]:
+        """What can be summed while it is masked: what travels as it is written."""
+        if engine.settings.wire_dtype == "int8":
+            return {}
+        return {worker: tally for worker, tally in wanted.items() if tally is not None}
+
+    def sent(
+        self,
+        product: Product,
+        inputs: Mapping[int, InputCheck],
+        operands: Sequence[Operand],
+        tallies: Mapping[int, Tally],
+    ) -> None:
+        """Have ``inputs`` keep what they need of what is about to be sent."""
+        with product.engine.stats.timed("verify", "x", product.name):
+            for o in operands if inputs else ():
+                inputs[o.worker].sent(_as_it_arrives(product.engine, o.tensors["x"]), tallies.get(o.worker))
 
     def gradients(
         self,
         product: Product,
         inputs: Mapping[int, InputCheck],
         operands: Sequence[Operand],
+        tallies: Mapping[int, Tally],
         *,
         want_dx: bool,
         want_dw: bool,
@@ -84,7 +100,10 @@ class Verifier:
         with product.engine.stats.timed("verify", "g", product.name):
             return {
                 o.worker: inputs[o.worker].backward(
-                    _as_it_arrives(product.engine, o.tensors["g"]), want_dx=want_dx, want_dw=want_dw
+                    _as_it_arrives(product.engine, o.tensors["g"]),
+                    want_dx=want_dx,
+                    want_dw=want_dw,
+                    tally=tallies.get(o.worker),
                 )
                 for o in operands
             }

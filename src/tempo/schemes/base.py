@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tempo.keys import Key
 from tempo.schemes.low_rank import LowRank
-from tempo.schemes.reply import Reply
+from tempo.schemes.reply import Reply, Tally
 from tempo.settings import Settings
 from tempo.wire.messages import Conv, Product, Rule
 
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 Empty = Callable[[int, tuple[int, ...], torch.dtype], Tensor]
 """``empty(worker, shape, dtype)``: a send buffer for that worker, to be written once, by the encoding itself."""
+
+Tallies = Mapping[int, Tally]
+"""What to sum of ``x`` or ``g`` as each worker gets it, while that is masked; a scheme need not."""
 
 Recall = Callable[[], Tensor]
 """Gives a plain operand again, as it was in the forward pass. Call it before returning; it may not hold later."""
@@ -163,7 +166,15 @@ class EncodedInput(ABC):
 
     @abstractmethod
     def encode_gradient(
-        self, g: Tensor, key: Key, empty: Empty, x: Recall, w: Recall, *, want_dw: bool
+        self,
+        g: Tensor,
+        key: Key,
+        empty: Empty,
+        x: Recall,
+        w: Recall,
+        *,
+        want_dw: bool,
+        tallies: Tallies | None = None,
     ) -> EncodedGradient:
         """Mask ``G`` for the workers that hold this input.
 
@@ -174,6 +185,7 @@ class EncodedInput(ABC):
             x: Recalls ``X``.
             w: Recalls ``W``.
             want_dw: Whether `EncodedGradient.decode_weight_gradient` will be called.
+            tallies: What to sum of it on the way.
 
         Raises:
             UnsafeError: A gradient was already encoded with this input: another one would meet the same masks.
@@ -186,8 +198,25 @@ class EncodedWeight(ABC):
     operands: list[Operand]
 
     @abstractmethod
-    def encode_input(self, x: Tensor, key: Key, targets: Sequence[Target], empty: Empty, w: Recall) -> EncodedInput:
-        """Mask ``X`` for ``targets``, which hold this weight. ``key`` is fresh for every call; ``w`` recalls ``W``."""
+    def encode_input(
+        self,
+        x: Tensor,
+        key: Key,
+        targets: Sequence[Target],
+        empty: Empty,
+        w: Recall,
+        tallies: Tallies | None = None,
+    ) -> EncodedInput:
+        """Mask ``X`` for ``targets``, which hold this weight.
+
+        Args:
+            x: The input.
+            key: Fresh for every call.
+            targets: Workers that take part.
+            empty: Gives send buffers.
+            w: Recalls ``W``.
+            tallies: What to sum of it on the way.
+        """
 
 
 class UpdatableWeight(EncodedWeight):

@@ -23,6 +23,7 @@ from tempo.schemes.base import (
     Operand,
     Problem,
     Recall,
+    Tallies,
     Target,
 )
 from tempo.schemes.low_rank import LowRank, add_all
@@ -86,13 +87,23 @@ class DividedWeight(EncodedWeight):
         self.parts = parts
         self.operands = [o for _, columns, part in parts for o in _addressed(part.operands, columns)]
 
-    def encode_input(self, x: Tensor, key: Key, targets: Sequence[Target], empty: Empty, w: Recall) -> EncodedInput:
+    def encode_input(
+        self,
+        x: Tensor,
+        key: Key,
+        targets: Sequence[Target],
+        empty: Empty,
+        w: Recall,
+        tallies: Tallies | None = None,
+    ) -> EncodedInput:
         """All of ``X`` to each operator, divided among its workers."""
         parts = []
         for number, (operator, columns, weight) in enumerate(self.parts):
             members = [target for target in targets if target.operator == operator]
             recall = partial(_part_of_weight, w, columns)
-            parts.append((columns, weight.encode_input(x, key.branch(f"part{number}"), members, empty, recall)))
+            parts.append(
+                (columns, weight.encode_input(x, key.branch(f"part{number}"), members, empty, recall, tallies))
+            )
         return DividedInput(parts)
 
 
@@ -125,14 +136,23 @@ class DividedInput(EncodedInput):
         return merged
 
     def encode_gradient(
-        self, g: Tensor, key: Key, empty: Empty, x: Recall, w: Recall, *, want_dw: bool
+        self,
+        g: Tensor,
+        key: Key,
+        empty: Empty,
+        x: Recall,
+        w: Recall,
+        *,
+        want_dw: bool,
+        tallies: Tallies | None = None,
     ) -> EncodedGradient:
         """Each part's columns of ``G`` to the workers that hold it."""
         parts = []
         for number, (columns, source) in enumerate(self.parts):
             recall = partial(_part_of_weight, w, columns)
             branch, mine = key.branch(f"part{number}"), g.index_select(1, columns)
-            parts.append((columns, source.encode_gradient(mine, branch, empty, x, recall, want_dw=want_dw)))
+            part = source.encode_gradient(mine, branch, empty, x, recall, want_dw=want_dw, tallies=tallies)
+            parts.append((columns, part))
         return DividedGradient(parts)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from tempo.keys import Keystream
 from tempo.schemes import haar
 from tempo.schemes.operators import Blocks, Gather, Operator, inverse_index
-from tempo.schemes.reply import Watch
+from tempo.schemes.reply import Tally, Watch
 from tempo.schemes.sandwich import Factors, sandwich
 
 
@@ -203,7 +203,13 @@ class Masks:
         return Masks(self.L, _unsigned(self.A), _unsigned(self.P))
 
     def encode(
-        self, role: Role, plain: Tensor, out: Tensor, plus: Factors | None = None, watch: Watch | None = None
+        self,
+        role: Role,
+        plain: Tensor,
+        out: Tensor,
+        plus: Factors | None = None,
+        watch: Watch | None = None,
+        tally: Tally | None = None,
     ) -> None:
         """Write the masked form of ``plain`` into ``out``, converting to its dtype.
 
@@ -213,6 +219,7 @@ class Masks:
             out: Where to write it.
             plus: What to add to ``plain`` first, a matrix: only its factors are masked, and it is added on the way out.
             watch: Sees the rows of ``plain``: see `tempo.schemes.sandwich.sandwich`.
+            tally: Sums what is written, likewise.
         """
         row_mask, row_form, column_mask, column_form = _FORMS[role]
         rows: Operator | None = getattr(self, row_mask).operator(row_form)
@@ -222,7 +229,7 @@ class Masks:
             sandwich(plus[0], rows, None, [left])
             sandwich(plus[1], None, columns, [right])
             plus = left, right
-        sandwich(plain, rows, columns, [out], watch=watch, plus=plus)
+        sandwich(plain, rows, columns, [out], watch=watch, plus=plus, tally=tally)
 
     def decode(
         self,

@@ -1,5 +1,7 @@
-"""Answers as a scheme decodes them. A worker may change what it sent for as long as it lies in shared memory, so there
-is no way to it but these: a copy that was checked, or one reading that is checked by what it saw.
+"""What checks go by: sums of what is sent, and answers as a scheme decodes them.
+
+A worker may change what it sent for as long as it lies in shared memory, so there is no way to it but these: a copy
+that was checked, or one reading that is checked by what it saw.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from tempo.errors import WorkerLiedError
 
 MOST_WATCHED: Final = 16
 """Vectors that rows can be summed with on the way."""
+
+MOST_WEIGHTS: Final = 8
+"""And columns."""
 
 
 @dataclass(slots=True)
@@ -37,6 +42,23 @@ class Watch:
     def of(cls, vectors: Tensor, rows: int) -> Self:
         """Of a matrix of ``rows`` rows."""
         return cls(vectors, vectors.new_empty(len(vectors), rows), vectors.new_empty(rows, dtype=torch.float64))
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums of a masked matrix (T, d), made by what writes it, of what was written: for who checks what becomes of it.
+
+    Attributes:
+        vectors: What to sum rows with, (k, d), float32.
+        weights: What to sum columns with, (k', T), float32; None: nothing is wanted of them.
+        rows: Sums (k, T) and lengths (T) of the rows; None until they were made, which not all that writes can.
+        columns: Sums (k', d) and lengths (d) of the columns.
+    """
+
+    vectors: Tensor
+    weights: Tensor | None = None
+    rows: Watch | None = None
+    columns: tuple[Tensor, Tensor] | None = None
 
 
 class Unmask(Protocol):

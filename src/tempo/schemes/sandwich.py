@@ -12,7 +12,7 @@ from torch import Tensor
 from tempo import kernels
 from tempo.schemes.block_sandwich import block_sandwich
 from tempo.schemes.operators import Gather, Operator, work_dtype
-from tempo.schemes.reply import Watch
+from tempo.schemes.reply import MOST_WATCHED, MOST_WEIGHTS, Tally, Watch
 from tempo.wire.layout import is_last
 
 Factors = tuple[Tensor, Tensor]
@@ -35,6 +35,7 @@ def sandwich(
     biases: Sequence[Tensor | None] | None = None,
     watch: Watch | None = None,
     plus: Factors | None = None,
+    tally: Tally | None = None,
 ) -> None:
     """Write ``rows · x · columnsᵀ + plus``, at every position of further axes; None is the identity.
 
@@ -50,6 +51,7 @@ def sandwich(
         biases: What to add to every row of each piece, one number for each of its columns; None: nothing.
         watch: What to sum of the rows of ``x``, which then is read once, if it is ``seen``; only of matrices.
         plus: What to add to the result; only of matrices, with pieces along axis 1.
+        tally: What to sum of the result, where the kernels can: of one matrix, nothing added.
     """
     if all(out.numel() == 0 for out in outs):
         return
@@ -58,7 +60,7 @@ def sandwich(
     biases = biases or [None] * len(outs)
     native = kernels.native()
     if native is not None and (
-        _in_kernel(native, x, rows, columns, outs, axis, biases, watch, plus)
+        _in_kernel(native, x, rows, columns, outs, axis, biases, watch, plus, tally)
         or (plus is None and _planes_in_kernel(native, x, rows, columns, outs, axis, biases))
     ):
         return
@@ -96,6 +98,7 @@ def _in_kernel(
     biases: Sequence[Tensor | None],
     watch: Watch | None,
     plus: Factors | None = None,
+    tally: Tally | None = None,
 ) -> bool:
     """Have the native kernel do it, where it can: matrices, or channels that lie side by side in memory."""
     if columns is not None and columns.size != x.shape[1]:
@@ -110,9 +113,16 @@ def _in_kernel(
     numbers = [None if bias is None else bias.detach().to(torch.float32).contiguous() for bias in biases]
     watched = None if watch is None else (watch.vectors, watch.sums, watch.lengths)
     added = None if plus is None else tuple(factor.detach().to(torch.float32).contiguous() for factor in plus)
-    in_range = native.sandwich(found[0], _arrays(rows), _arrays(columns), found[1:], axis, numbers, watched, added)
+    if plus is not None or x.dim() > 2:
+        tally = None
+    tallied = None if tally is None else _room(tally, len(x))
+    operators = _arrays(rows), _arrays(columns)
+    seen, made = native.sandwich(found[0], *operators, found[1:], axis, numbers, watched, added, tallied)
     if watch is not None:
-        watch.seen = in_range
+        watch.seen = seen
+    if tally is not None and tallied is not None and made:
+        tally.rows = Watch(*tallied[:3], seen=True)
+        tally.columns = None if tallied[3] is None else tallied[3][1:]
     return True
 
 
@@ -153,6 +163,20 @@ def _of_planes(gather: Gather, positions: int) -> Gather:
     index = gather.index.unsqueeze(1) * positions + torch.arange(positions, dtype=gather.index.dtype)
     scale = None if gather.scale is None else gather.scale.repeat_interleave(positions)
     return Gather(index.view(-1), scale)
+
+
+def _room(tally: Tally, rows: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None] | None:
+    """Where the kernel puts sums; None if it cannot make them."""
+    vectors, weights = tally.vectors, tally.weights
+    if len(vectors) > MOST_WATCHED or (weights is not None and not 0 < len(weights) <= MOST_WEIGHTS):
+        return None
+    of_rows = Watch.of(vectors.contiguous(), rows)
+    of_columns = None
+    if weights is not None:
+        width = vectors.shape[1]
+        lengths = weights.new_empty(width, dtype=torch.float64)
+        of_columns = weights.contiguous(), weights.new_empty(len(weights), width), lengths
+    return of_rows.vectors, of_rows.sums, of_rows.lengths, of_columns
 
 
 def _batch(t: Tensor) -> Tensor | None:

@@ -22,6 +22,7 @@ from tempo.schemes.base import (
     Problem,
     Recall,
     Scheme,
+    Tallies,
     Target,
     UpdatableWeight,
 )
@@ -192,7 +193,15 @@ class MaskedWeight(UpdatableWeight):
             return found[0][0]
         return together(found) if found else None
 
-    def encode_input(self, x: Tensor, key: Key, targets: Sequence[Target], empty: Empty, w: Recall) -> EncodedInput:
+    def encode_input(
+        self,
+        x: Tensor,
+        key: Key,
+        targets: Sequence[Target],
+        empty: Empty,
+        w: Recall,
+        tallies: Tallies | None = None,
+    ) -> EncodedInput:
         """Mask each worker's rows under their own ``L``."""
         masked = MaskedInput(self, tuple(x.shape), x.dtype)
         product = self.problem.product
@@ -201,7 +210,7 @@ class MaskedWeight(UpdatableWeight):
             masks = Masks(self.scheme.row_mask(key, number, len(covered)), self.masks.A, self.masks.P)
             x_masked = empty(target.worker, tuple(covered.shape), self.problem.wire_dtype)
             watch = None if masked.cloak is None else masked.cloak.watch_input(covered)
-            masks.encode("x", covered, x_masked, watch=watch)
+            masks.encode("x", covered, x_masked, watch=watch, tally=(tallies or {}).get(target.worker))
             shares = shares_of_output(product, covered[: cover.real], cover.filled_columns, w)
             seen = None if masked.cloak is None else masked.cloak.seen_by_input(covered, watch)
             masked.parts[target.worker] = Part(rows, masks, cover, shares, seen)
@@ -285,7 +294,15 @@ class MaskedInput(EncodedInput):
         return outputs
 
     def encode_gradient(
-        self, g: Tensor, key: Key, empty: Empty, x: Recall, w: Recall, *, want_dw: bool
+        self,
+        g: Tensor,
+        key: Key,
+        empty: Empty,
+        x: Recall,
+        w: Recall,
+        *,
+        want_dw: bool,
+        tallies: Tallies | None = None,
     ) -> EncodedGradient:
         """Mask ``G`` with the shifted keys: no new mask is drawn."""
         if self._gradient_encoded:
@@ -298,7 +315,7 @@ class MaskedInput(EncodedInput):
             covered, cover = weight.scheme.cover(key.stream(f"cover{number}"), g[part.rows])
             g_masked = empty(worker, tuple(covered.shape), weight.problem.wire_dtype)
             watch = None if self.cloak is None else self.cloak.watch_gradient(covered)
-            part.masks.encode("g", covered, g_masked, watch=watch)
+            part.masks.encode("g", covered, g_masked, watch=watch, tally=(tallies or {}).get(worker))
             masked.operands.append(Operand(worker, {"g": g_masked}, part.rows))
             seen = None if self.cloak is None else self.cloak.seen_by_gradient(covered, watch)
             shares = shares_of_input_gradient(product, covered[: cover.real], cover.filled_columns, w)

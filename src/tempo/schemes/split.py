@@ -30,6 +30,7 @@ from tempo.schemes.base import (
     Problem,
     Recall,
     Scheme,
+    Tallies,
     Target,
     Traits,
 )
@@ -138,7 +139,15 @@ class PublicWeight(EncodedWeight):
         self.forward = Side(float(norms.sum(1).max().sqrt()), _times(w_q.t(), r), r)
         self.backward = Side(float(norms.sum(0).max().sqrt()), _times(w_q, v), v)
 
-    def encode_input(self, x: Tensor, key: Key, targets: Sequence[Target], empty: Empty, w: Recall) -> EncodedInput:
+    def encode_input(
+        self,
+        x: Tensor,
+        key: Key,
+        targets: Sequence[Target],
+        empty: Empty,
+        w: Recall,
+        tallies: Tallies | None = None,
+    ) -> EncodedInput:
         """Shares of ``X``; what is left of it goes to the last worker."""
         if len({target.operator for target in targets}) <= self.scheme.colluders:
             raise SchemeError(
@@ -237,7 +246,15 @@ class SharedInput(EncodedInput):
         return self._shares.combine(replies, self._weight.scales, sizes, biases, added)
 
     def encode_gradient(
-        self, g: Tensor, key: Key, empty: Empty, x: Recall, w: Recall, *, want_dw: bool
+        self,
+        g: Tensor,
+        key: Key,
+        empty: Empty,
+        x: Recall,
+        w: Recall,
+        *,
+        want_dw: bool,
+        tallies: Tallies | None = None,
     ) -> EncodedGradient:
         """Shares of ``G``, under a key of its own, so as often as wanted; what is left goes to the first worker.
 

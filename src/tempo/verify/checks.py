@@ -25,6 +25,7 @@ from torch import Tensor
 from tempo.keys import Key
 from tempo.schemes.haar import gaussians
 from tempo.schemes.operators import work_dtype
+from tempo.schemes.reply import Tally
 from tempo.verify.forms import form
 from tempo.verify.sums import Sums
 from tempo.verify.tolerance import Rounding, threshold
@@ -112,7 +113,9 @@ class WeightCheck:
             keep: Whether a weight gradient may follow.
             want_y: Whether an output will come.
         """
-        return InputCheck(self, x_masked, key, keep=keep, want_y=want_y)
+        check = InputCheck(self, key, keep=keep, want_y=want_y)
+        check.sent(x_masked)
+        return check
 
     def drifted(self, operand: Sums) -> Tensor | None:
         """How far a drift of the weight may move products with the rows of ``operand``."""
@@ -120,27 +123,39 @@ class WeightCheck:
 
 
 class InputCheck:
-    """What is kept of a masked input; see `WeightCheck.forward`."""
+    """What is kept of a masked input, once it was `sent`; arguments as those of `WeightCheck.forward`."""
 
-    def __init__(self, weight: WeightCheck, x_masked: Tensor, key: Key, *, keep: bool, want_y: bool) -> None:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __init__(self, weight: WeightCheck, key: Key, *, keep: bool, want_y: bool) -> None:
         self.weight = weight
-        self.dtype = x_masked.dtype
-        self.shape = tuple(x_masked.shape)
         self.z: Tensor | None = None
         self.q: Tensor | None = None
         self.y: Sums | None = None
-        kernels = []
+        self._want_y = want_y
+        self._kernels = []
         if want_y:
-            kernels.append(weight.from_outputs)
+            self._kernels.append(weight.from_outputs)
         if keep:
             self.z = _draw(key, "z", (weight.form.groups, weight.vectors, prod(weight.shape[1:])), weight.r.dtype)
-            kernels.append(weight.form.as_kernel(self.z, weight.shape))
-        if kernels:
-            sums, of_rows, self.length = weight.form.inputs(x_masked, kernels)
-            if want_y:
+            self._kernels.append(weight.form.as_kernel(self.z, weight.shape))
+
+    def tally(self) -> Tally | None:
+        """What to sum of ``x~`` while it is written, for `sent`; None: nothing."""
+        return self.weight.form.tally(self._kernels) if self._kernels else None
+
+    def sent(self, x_masked: Tensor, tally: Tally | None = None) -> None:
+        """Keep what is needed of ``x~``, which is about to be sent, or was summed by ``tally`` already."""
+        self.dtype = x_masked.dtype
+        self.shape = tuple(x_masked.shape)
+        if self._kernels:
+            sums, of_rows, self.length = self.weight.form.inputs(x_masked, self._kernels, tally)
+            if self._want_y:
                 self.y = Sums(sums[0], of_rows)
-            if keep:
+            if self.z is not None:
                 self.q = sums[-1]
+        self._kernels = []
 
     def output(self, y_masked: Tensor, into: Tensor | None = None) -> Residual:
         """Check ``y~``.
@@ -167,21 +182,29 @@ class InputCheck:
         rounding = Rounding(inner, width, weight.work, _coarsest(self.dtype, weight.dtype, dtype))
         return _judge(expected.sums, scale, rounding, read, weight.drifted(expected))
 
-    def backward(self, g_masked: Tensor, *, want_dx: bool, want_dw: bool) -> GradientCheck:
+    def gradient_tally(self, *, want_dx: bool, want_dw: bool) -> Tally | None:
+        """What to sum of ``g~`` while it is written, for `backward`; None: nothing."""
+        weight = self.weight
+        return weight.form.tally([weight.from_inputs], self.q if want_dw else None) if want_dx else None
+
+    def backward(self, g_masked: Tensor, *, want_dx: bool, want_dw: bool, tally: Tally | None = None) -> GradientCheck:
         """What is kept of a gradient ``g~`` of the output, about to be sent; same shape as ``y~``.
 
         Args:
             g_masked: As sent.
             want_dx: Whether ``dx~`` will come.
             want_dw: Whether ``dw~`` will come; the input was announced with ``keep``.
+            tally: What summed it already, if anything did.
         """
-        return GradientCheck(self, g_masked, want_dx=want_dx, want_dw=want_dw)
+        return GradientCheck(self, g_masked, tally, want_dx=want_dx, want_dw=want_dw)
 
 
 class GradientCheck:
     """What is kept of a masked gradient; see `InputCheck.backward`."""
 
-    def __init__(self, source: InputCheck, g_masked: Tensor, *, want_dx: bool, want_dw: bool) -> None:
+    def __init__(
+        self, source: InputCheck, g_masked: Tensor, tally: Tally | None, *, want_dx: bool, want_dw: bool
+    ) -> None:
         if want_dw and source.q is None:
             raise ValueError("a weight gradient needs an input that was announced with keep=True")
         self.source = source
@@ -189,7 +212,7 @@ class GradientCheck:
         self.count = g_masked.numel() // max(1, g_masked.shape[1])
         kernel = source.weight.from_inputs if want_dx else None
         q = source.q if want_dw else None
-        self.dx, self.dw = source.weight.form.gradients(g_masked, kernel, q, source.shape)
+        self.dx, self.dw = source.weight.form.gradients(g_masked, kernel, q, source.shape, tally)
 
     def input_gradient(self, dx_masked: Tensor, into: Tensor | None = None) -> Residual:
         """Check ``dx~``, and copy it ``into`` in the same pass: see `InputCheck.output`."""

@@ -16,9 +16,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from tempo.schemes.reply import MOST_WATCHED
+from tempo.schemes.reply import MOST_WATCHED, Tally
 from tempo.verify.norms import lengths as lengths_of
-from tempo.verify.sums import Sums, of_both, of_rows, pieces
+from tempo.verify.sums import Sums, of_both, of_rows, pieces, tallied
 from tempo.verify.taps import pull, push
 from tempo.wire.messages import Conv, Product
 
@@ -50,14 +50,33 @@ class Form(ABC):
         """Vectors ``z`` (groups, k, elements of an output feature) as `inputs` takes them."""
 
     @abstractmethod
-    def inputs(self, x: Tensor, kernels: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Sums of the rows of ``x`` with each of ``kernels``; lengths of the rows; length of all rows of a group."""
+    def inputs(
+        self, x: Tensor, kernels: list[Tensor], tally: Tally | None = None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Sums of the rows of ``x`` with each of ``kernels``; lengths of the rows; length of all rows of a group.
+
+        ``tally`` is what `tally` gave, after ``x`` was written.
+        """
 
     @abstractmethod
     def gradients(
-        self, g: Tensor, kernel: Tensor | None, q: Tensor | None, x: tuple[int, ...]
+        self,
+        g: Tensor,
+        kernel: Tensor | None,
+        q: Tensor | None,
+        x: tuple[int, ...],
+        tally: Tally | None = None,
     ) -> tuple[Sums | None, Sums | None]:
         """Sums of the rows of ``g`` with ``kernel``, and of its output features with ``q`` (what `inputs` gave)."""
+
+    def tally(self, kernels: list[Tensor], q: Tensor | None = None) -> Tally | None:
+        """What has the sums of `inputs` and `gradients` made while the operand is written; None where that cannot be.
+
+        Args:
+            kernels: One at least.
+            q: As `gradients` takes it.
+        """
+        return None
 
     def summed_with(self, vectors: Tensor) -> Tensor | None:
         """``vectors`` (groups, k, features) as (k, features), if sums of an answer's rows may be made elsewhere."""
@@ -101,16 +120,30 @@ class Matrices(Form):
         """If the kernels can."""
         return vectors[0] if self.work == torch.float32 and vectors.shape[1] <= MOST_WATCHED else None
 
-    def inputs(self, x: Tensor, kernels: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+    def tally(self, kernels: list[Tensor], q: Tensor | None = None) -> Tally | None:
+        """In single precision."""
+        return Tally(torch.cat(kernels), q) if self.work == torch.float32 else None
+
+    def inputs(
+        self, x: Tensor, kernels: list[Tensor], tally: Tally | None = None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Sums (k, T)."""
-        found = of_rows(x, torch.cat(kernels))
+        made = tallied(tally, x)
+        found = of_rows(x, torch.cat(kernels)) if made is None else made[0]
         sums = list(found.sums.split([len(kernel) for kernel in kernels]))
         return sums, found.lengths, torch.linalg.vector_norm(found.lengths)
 
     def gradients(
-        self, g: Tensor, kernel: Tensor | None, q: Tensor | None, x: tuple[int, ...]
+        self,
+        g: Tensor,
+        kernel: Tensor | None,
+        q: Tensor | None,
+        x: tuple[int, ...],
+        tally: Tally | None = None,
     ) -> tuple[Sums | None, Sums | None]:
         """Sums (k, T) and (k, m)."""
+        if (made := tallied(tally, g)) is not None:
+            return made
         if q is None:
             return None if kernel is None else of_rows(g, kernel), None
         rows, columns = of_both(g, q.new_empty(0, g.shape[1]) if kernel is None else kernel, q)
@@ -157,7 +190,9 @@ class Convolutions(Form):
         kernel: Tensor = z.unflatten(2, w[1:]).movedim((1, 2), (-2, -1))
         return kernel
 
-    def inputs(self, x: Tensor, kernels: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+    def inputs(
+        self, x: Tensor, kernels: list[Tensor], tally: Tally | None = None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Sums (N, groups, k, pixels of ``y``)."""
         kernel = torch.cat(kernels, -2)
         sums, squares = self._over_taps(x, kernel, partial(push, self.product))
@@ -165,7 +200,12 @@ class Convolutions(Form):
         return list(sums.split([k.shape[-2] for k in kernels], 2)), self._longest(squares, kernel), length
 
     def gradients(
-        self, g: Tensor, kernel: Tensor | None, q: Tensor | None, x: tuple[int, ...]
+        self,
+        g: Tensor,
+        kernel: Tensor | None,
+        q: Tensor | None,
+        x: tuple[int, ...],
+        tally: Tally | None = None,
     ) -> tuple[Sums | None, Sums | None]:
         """Sums (N, groups, k, pixels of ``x``) and (groups, k, m/groups)."""
         columns, rows = None, None

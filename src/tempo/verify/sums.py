@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tempo import kernels
+from tempo.schemes.reply import Tally
 from tempo.verify.norms import lengths as lengths_of
 from tempo.verify.norms import lost, out_of_range
 
@@ -82,6 +83,18 @@ def of_both(x: Tensor, v: Tensor, q: Tensor) -> tuple[Sums, Sums]:
         norms.append(of_rows.double().sqrt_() + lost(work, x.shape[1]))
         squares += (ones.new_ones(len(piece), dtype=square.dtype) @ square).double()
     return Sums(torch.cat(sums, 1), torch.cat(norms)), Sums(of_columns, squares.sqrt_() + lost(work, len(x)))
+
+
+def tallied(tally: Tally | None, x: Tensor) -> tuple[Sums, Sums | None] | None:
+    """What was summed of the rows and columns of ``x`` while it was written, or None."""
+    if tally is None or tally.rows is None:
+        return None
+    work = tally.vectors.dtype
+    rows = Sums(tally.rows.sums, tally.rows.lengths.add(lost(work, x.shape[1])))  # of rows shorter than others
+    if tally.columns is None:
+        return rows, None
+    sums, lengths = tally.columns
+    return rows, Sums(sums, lengths.add(lost(work, len(x))))
 
 
 def _native(x: Tensor, work: torch.dtype) -> ModuleType | None:

@@ -1,4 +1,4 @@
-"""Sums that are made while a matrix is unmasked are of what was unmasked."""
+"""Sums that are made while a matrix is masked or unmasked are of what was read, or written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tempo import kernels
 from tempo.keys import KeySchedule
 from tempo.schemes.masks import Mask, Masks, draw, draw_blocks
-from tempo.schemes.reply import MOST_WATCHED, Watch
+from tempo.schemes.reply import MOST_WATCHED, Tally, Watch
 
 NATIVE = [name for name in kernels.available() if name != kernels.TORCH]
 KINDS = ["none", "scales", "blocks", "two rounds"]
@@ -65,3 +65,49 @@ def test_what_cannot_be_summed_is_not_seen(spoiled, kind, name):
     with kernels.using(name):
         watch, _ = watched(kind, x)
     assert not watch.seen
+
+
+def tallied(kind: str, x: torch.Tensor, dtype: torch.dtype, vectors: int, weights: int) -> tuple[Tally, torch.Tensor]:
+    masks = Masks(L=mask(kind, x.shape[0]), A=mask(kind, x.shape[1]))
+    q = torch.randn(weights, len(x)) if weights else None
+    tally = Tally(torch.randn(vectors, x.shape[1]), q)
+    out, expected = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape, dtype=dtype)
+    masks.encode("x", x, out, tally=tally)
+    masks.encode("x", x, expected)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    return tally, out
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 200), (50, 33), (600, 40), (9, 4200)], ids=str)
+def test_sums_of_what_is_written_are_of_what_workers_get(shape, kind, dtype, name):
+    for vectors, weights in ((4, 0), (8, 4), (MOST_WATCHED, 1)):
+        with kernels.using(name):
+            tally, out = tallied(kind, torch.randn(shape), dtype, vectors, weights)
+        sent = out.double()
+        assert tally.rows is not None
+        made = [(tally.vectors, sent.t(), tally.rows.sums, tally.rows.lengths)]
+        if weights:
+            made.append((tally.weights, sent, *tally.columns))
+        for factors, matrix, sums, lengths in made:
+            exact = matrix.norm(dim=0)
+            torch.testing.assert_close(lengths, exact, rtol=1e-5, atol=0)
+            off = (sums - factors.double() @ matrix).abs()
+            assert (off <= 1e-5 * len(matrix) ** 0.5 * (exact + 1e-3)).all()
+
+
+@pytest.mark.parametrize("name", kernels.available())
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spoiled", [nan, inf, 1e20, 0.0, 1e-20])
+def test_what_cannot_be_summed_while_it_is_written_is_left_to_others(spoiled, kind, name):
+    x = torch.randn(30, 40)
+    if spoiled in (0.0, 1e-20):
+        x *= spoiled
+    else:
+        x[3, 5] = spoiled
+    with kernels.using(name):
+        tally, _ = tallied(kind, x, torch.float32, 4, 4)
+    assert tally.rows is None
+    assert tally.columns is None
