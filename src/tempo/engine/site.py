@@ -37,6 +37,8 @@ class Usage:
 
     offloaded: int = 0
     trusted: int = 0
+    passing: int = 0
+    """Of ``trusted``: what could not be sent as it was called, inside a trace say."""
     reason: str = "not called yet"
 
 
@@ -212,6 +214,7 @@ class Site:
             self.usage.offloaded += cost
         else:
             self.stayed(cost)
+            self.usage.passing += 0 if out_of_reach is None else cost
         return decision.offload
 
     def secret(self, weight: Tensor) -> str | None:

@@ -34,7 +34,7 @@ class Alike:
     """Calls of one model that are alike.
 
     Attributes:
-        stayed: How many in a row were small, and nothing of them went out.
+        stayed: How many in a row were small, and sent nothing for a reason that lasts.
         calls: How many there were.
         usages: What layers computed in the last that was looked at: FLOPs.
         trained: Of the layers' weights, whether they wanted gradients then.
@@ -111,17 +111,17 @@ class SmallCalls:
             return
         before = self._used()
         yield
-        sent, usages = False, []
-        for usage, (offloaded, trusted) in self._used().items():
-            sent_before, trusted_before = before.get(usage, (0, 0))
-            sent = sent or offloaded > sent_before
-            if trusted > trusted_before:
-                usages.append((usage, trusted - trusted_before))
+        lasting, usages = True, []
+        for usage, now in self._used().items():
+            offloaded, trusted, passing = (b - a for a, b in zip(before.get(usage, (0, 0, 0)), now, strict=True))
+            lasting = lasting and not offloaded and not passing
+            if trusted:
+                usages.append((usage, trusted))
         flops, trained = sum(flops for _, flops in usages), [w.requires_grad for w in self._weights]
-        again = not sent and flops < SMALL * len(usages) and trained == alike.trained
+        again = lasting and flops < SMALL * len(usages) and trained == alike.trained
         alike.stayed = alike.stayed + 1 if again else 0
         alike.usages, alike.flops, alike.trained = usages, flops, trained
 
-    def _used(self) -> dict[Usage, tuple[int, int]]:
+    def _used(self) -> dict[Usage, tuple[int, int, int]]:
         usages = [part.usage for site in self._sites for part in site.sites]
-        return {usage: (usage.offloaded, usage.trusted) for usage in usages}
+        return {usage: (usage.offloaded, usage.trusted, usage.passing) for usage in usages}

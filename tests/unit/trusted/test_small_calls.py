@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from tempo.layers.base import Protected
@@ -69,6 +70,17 @@ def test_what_goes_out_never_runs_plain(connect):
     model = session.protect(Noting())
     assert all(calls(model, torch.randn(5, 8)))
     assert session.summary().offloaded_share == 1
+
+
+def test_calls_that_could_not_be_sent_say_nothing_of_others_like_them(connect):
+    session = connect()
+    model = session.protect(Noting())
+    x = torch.randn(5, 8)
+    with forward_ad.dual_level():
+        assert all(calls(model, x))
+    assert session.stats().encryptions["x"] == 0
+    model(x)
+    assert session.stats().encryptions["x"] == 2
 
 
 def test_an_error_in_a_plain_call_leaves_layers_protected(model):
