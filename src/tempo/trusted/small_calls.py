@@ -17,8 +17,8 @@ from tempo.engine.site import SETTLING, Site, Usage
 from tempo.layers.base import Protected
 
 SMALL: Final = 1 << 25
-"""FLOPs of a layer, on average, below which a call is small: half a millisecond of a core, beside which what Tempo puts
-around it shows."""
+"""FLOPs of a layer, on average, below which a call is small: a third of a millisecond of a core, beside which it shows
+what Tempo puts around it."""
 
 _AGAIN: Final = 64
 """Of so many calls, one runs protected and is looked at again: weights may have changed hands."""
