@@ -33,9 +33,9 @@ from torch import Tensor
 from tempo.keys import Keystream
 from tempo.schemes import haar
 from tempo.schemes.arithmetic import input_gradient, output
+from tempo.schemes.low_rank import LowRank
 from tempo.schemes.operators import work_dtype
 from tempo.schemes.reply import MOST_WATCHED, Watch
-from tempo.schemes.sandwich import Factors
 from tempo.wire.messages import Conv, Product
 
 STRENGTH = 1.0
@@ -65,9 +65,9 @@ class Cloak:
         return self.product.groups if isinstance(self.product, Conv) else 1
 
     @property
-    def factors(self) -> Factors | None:
+    def factors(self) -> LowRank | None:
         """What it adds to the weight of a matrix product, to be added on the way; None of a convolution."""
-        return None if isinstance(self.product, Conv) else (self.U, self.V)
+        return None if isinstance(self.product, Conv) else LowRank(self.U, self.V)
 
     def cover(self, w: Tensor) -> Tensor:
         """``w + U V``."""
@@ -90,9 +90,9 @@ class Cloak:
         """``X Vᵀ``, as ``watch`` saw it, if it did: T×k, or N × groups·k × spatial."""
         return watch.sums.t() if watch is not None and watch.seen else output(self.product, x, self.V)
 
-    def in_output(self, xv: Tensor) -> Factors | None:
+    def in_output(self, xv: Tensor) -> LowRank | None:
         """What takes ``(X Vᵀ) Uᵀ`` off ``Y``, to be added; None of a convolution."""
-        return None if isinstance(self.product, Conv) else (xv, self.U.t().neg())
+        return None if isinstance(self.product, Conv) else LowRank(xv, self.U.t().neg())
 
     def uncover_output(self, y: Tensor, xv: Tensor) -> None:
         """``Y -= (X Vᵀ) Uᵀ``, in place, of a convolution."""
@@ -111,9 +111,9 @@ class Cloak:
         U = self.U.view(groups, -1, rank)
         return torch.matmul(U.mT, g.reshape(n, groups, U.shape[1], -1)).view(n, groups * rank, *g.shape[2:])
 
-    def in_input_gradient(self, gu: Tensor) -> Factors | None:
+    def in_input_gradient(self, gu: Tensor) -> LowRank | None:
         """What takes ``(G U) V`` off ``dX``, to be added; None of a convolution."""
-        return None if isinstance(self.product, Conv) else (gu, self.V.neg())
+        return None if isinstance(self.product, Conv) else LowRank(gu, self.V.neg())
 
     def uncover_input_gradient(self, dx: Tensor, gu: Tensor) -> None:
         """``dX -= (G U) V``, in place, of a convolution."""

@@ -1,4 +1,4 @@
-"""What adapters add to a product, ``low @ up`` of a small rank; and products of a tall matrix with a few vectors.
+"""What adapters and cloaks add to a matrix, ``low @ up`` of a small rank; products of a tall matrix with few vectors.
 
 Natively in one read of the tall matrix (`native/low_rank.h`), and else in PyTorch: the same but for rounding. All is
 computed in float32, of matrices in bfloat16 too; of float64 in float64.
@@ -17,11 +17,11 @@ from tempo import kernels
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """A matrix (T, m) as a product, to be added to one that is decoded.
+    """A matrix (T, m) as a product, to be added to another.
 
     Attributes:
-        low: (T, r), its rows contiguous.
-        up: (r, m), contiguous, of the same dtype.
+        low: (T, r).
+        up: (r, m), of the same dtype.
     """
 
     low: Tensor

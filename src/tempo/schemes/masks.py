@@ -25,9 +25,10 @@ from torch import Tensor
 
 from tempo.keys import Keystream
 from tempo.schemes import haar
+from tempo.schemes.low_rank import LowRank
 from tempo.schemes.operators import Blocks, Gather, Operator, inverse_index
 from tempo.schemes.reply import Tally, Watch
-from tempo.schemes.sandwich import Factors, sandwich
+from tempo.schemes.sandwich import sandwich
 
 
 class Form(Enum):
@@ -207,7 +208,7 @@ class Masks:
         role: Role,
         plain: Tensor,
         out: Tensor,
-        plus: Factors | None = None,
+        plus: LowRank | None = None,
         watch: Watch | None = None,
         tally: Tally | None = None,
     ) -> None:
@@ -225,10 +226,10 @@ class Masks:
         rows: Operator | None = getattr(self, row_mask).operator(row_form)
         columns: Operator | None = getattr(self, column_mask).operator(column_form)
         if plus is not None:
-            left, right = (torch.empty_like(factor) for factor in plus)
-            sandwich(plus[0], rows, None, [left])
-            sandwich(plus[1], None, columns, [right])
-            plus = left, right
+            masked = LowRank(torch.empty_like(plus.low), torch.empty_like(plus.up))
+            sandwich(plus.low, rows, None, [masked.low])
+            sandwich(plus.up, None, columns, [masked.up])
+            plus = masked
         sandwich(plain, rows, columns, [out], watch=watch, plus=plus, tally=tally)
 
     def decode(
@@ -237,7 +238,7 @@ class Masks:
         masked: Tensor,
         outs: Sequence[Tensor],
         biases: Sequence[Tensor | None] | None = None,
-        plus: Factors | None = None,
+        plus: LowRank | None = None,
         watch: Watch | None = None,
     ) -> None:
         """Write the plain form of ``masked`` into ``outs``: consecutive pieces by output features, plus ``biases``.

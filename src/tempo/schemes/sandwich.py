@@ -11,12 +11,10 @@ from torch import Tensor
 
 from tempo import kernels
 from tempo.schemes.block_sandwich import block_sandwich
+from tempo.schemes.low_rank import LowRank
 from tempo.schemes.operators import Gather, Operator, work_dtype
 from tempo.schemes.reply import MOST_WATCHED, MOST_WEIGHTS, Tally, Watch
 from tempo.wire.layout import is_last
-
-Factors = tuple[Tensor, Tensor]
-"""A matrix of low rank: (rows, k) and (k, columns), whose product it is."""
 
 _CHUNK = 1 << 18
 """Elements handled at a time, so that the passes of one chunk stay in the second-level cache."""
@@ -34,7 +32,7 @@ def sandwich(
     axis: int = 1,
     biases: Sequence[Tensor | None] | None = None,
     watch: Watch | None = None,
-    plus: Factors | None = None,
+    plus: LowRank | None = None,
     tally: Tally | None = None,
 ) -> None:
     """Write ``rows · x · columnsᵀ + plus``, at every position of further axes; None is the identity.
@@ -72,10 +70,9 @@ def sandwich(
     elif plus is None:
         _in_torch(x, rows, columns, outs)
     else:
-        left, right = plus
         whole = torch.empty(x.shape, dtype=work_dtype(x))
         _in_torch(x, rows, columns, [whole])
-        whole.addmm_(left.to(whole.dtype), right.to(whole.dtype))
+        plus.add_to(whole)
         for out, piece in zip(outs, whole.split([out.shape[1] for out in outs], 1), strict=True):
             out.copy_(piece)
     add_biases(outs, biases)
@@ -97,7 +94,7 @@ def _in_kernel(
     axis: int,
     biases: Sequence[Tensor | None],
     watch: Watch | None,
-    plus: Factors | None = None,
+    plus: LowRank | None = None,
     tally: Tally | None = None,
 ) -> bool:
     """Have the native kernel do it, where it can: matrices, or channels that lie side by side in memory."""
@@ -112,7 +109,8 @@ def _in_kernel(
         return False
     numbers = [None if bias is None else bias.detach().to(torch.float32).contiguous() for bias in biases]
     watched = None if watch is None else (watch.vectors, watch.sums, watch.lengths)
-    added = None if plus is None else tuple(factor.detach().to(torch.float32).contiguous() for factor in plus)
+    factors = () if plus is None else (plus.low, plus.up)
+    added = tuple(factor.detach().to(torch.float32).contiguous() for factor in factors) or None
     if plus is not None or x.dim() > 2:
         tally = None
     tallied = None if tally is None else _room(tally, len(x))

@@ -168,7 +168,7 @@ class MaskedWeight(UpdatableWeight):
         plain = torch.empty(masked.shape, dtype=masked.dtype)
         masks = self.masks.unsigned() if name in SQUARES else self.masks
         cloak = self._cloak_on(name)
-        plus = None if cloak is None else (cloak.U, cloak.V.neg())
+        plus = None if cloak is None else LowRank(cloak.U, cloak.V.neg())
         masks.decode("w" if name == "w" else "dw", masked, [plain], plus=plus)
         return plain
 
