@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import tempo
 from tempo.errors import WorkerOutOfMemoryError
 from tempo.keys import Key, KeySchedule
+from tempo.schemes.low_rank import LowRank
 from tempo.schemes.masks import Mask, Masks
 from tempo.schemes.single import MaskedInput, MaskedWeight, SingleMaskScheme
 from tempo.session import Session
@@ -91,7 +92,11 @@ def ledger(monkeypatch: pytest.MonkeyPatch) -> Ledger:
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    def masks_meet(masks: Masks, role: str, plain: Tensor, out: Tensor) -> None:
+    def masks_meet(
+        masks: Masks, role: str, plain: Tensor, out: Tensor, *, plus: LowRank | None = None, **_: Any
+    ) -> None:
+        if plus is not None:  # fresh for every mask, as the product of its factors
+            plain = plain + plus.low @ plus.up
         pair = {"x": (masks.L, masks.A), "w": (masks.P, masks.A), "g": (masks.L, masks.P)}[role]
         found.meets(role, "pair", content(*pair), plain)
         if role in "xg":  # and L by itself: it is fresh for every call, whatever happens to A and P

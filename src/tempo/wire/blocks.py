@@ -42,6 +42,7 @@ def pack(x: Tensor, out: Tensor) -> None:
     for values, exponents, integers in _blocks(x, out):
         largest = torch.linalg.vector_norm(values, float("inf"), dim=2)
         exponent = torch.frexp(largest).exponent.add_(126).clamp_(_LEAST, _NOT_FINITE - 1)
+        exponent.masked_fill_(largest == 0, _LEAST)  # as of what is rounded to zero
         exponent.masked_fill_(~torch.isfinite(largest), _NOT_FINITE)
         exponents.copy_(exponent)
         integers.copy_((values / _SCALES[exponent].unsqueeze(2)).round_().clamp_(-127, 127).nan_to_num_(0.0))

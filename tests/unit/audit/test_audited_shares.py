@@ -16,6 +16,7 @@ from tempo.audit.knowledge import Knowledge
 from tempo.audit.report.contents import read
 from tempo.audit.report.levels import progress
 from tempo.audit.shares import simulated, together
+from tempo.settings import Settings
 from tempo.wire.integers import integers
 
 REPORT = Path(__file__).parents[3] / "benchmarks" / "audit" / "report.json"
@@ -43,7 +44,7 @@ def test_every_call_is_read_with_its_step_its_weight_and_its_gradient(recorded):
         assert view.steps == [0, 1, 2]
         for call in view.calls:
             behind = truth.of(call)
-            assert torch.equal(call.w, integers(behind["w"], 12)[0].float())
+            assert torch.equal(call.w, integers(behind["w"], Settings().split_weight_bits)[0].float())
             assert call.x.shape == behind["x"].shape
             first = call.w.shape[1] == 24  # nothing before it wants a gradient
             assert (call.g is None) == first

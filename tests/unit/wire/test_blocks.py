@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tempo.wire.blocks import BLOCK, pack, packed_size, snap_, unpack
@@ -57,6 +57,7 @@ def test_the_typical_error_is_a_few_thousandths() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=80))
+@example([2.0**-149])
 def test_what_was_unpacked_is_packed_into_the_same_bytes(values: list[float]) -> None:
     x = torch.tensor(values)
     once = through(x)
