@@ -71,9 +71,9 @@ def test_every_part_is_on_its_way_before_the_first_is_awaited(connect, monkeypat
             if not and_result:
                 return result
 
-            def finishing():
+            def finishing(*added):
                 told.append("finish_" + name.removeprefix("begin_"))
-                return result()
+                return result(*added)
 
             return finishing
 
