@@ -61,7 +61,7 @@ class Summary:
             f"{link.address} ({link.welcome.device}), {parts.get(number, 'which left')}"
             for number, link in enumerate(engine.links)
         ]
-        operators = list(dict.fromkeys(engine.links[number].address.operator for number in present))
+        operators = dict.fromkeys(link.address.operator for link in engine.links)  # who left may have seen shares, too
         self.colluding = ""
         if shared:
             least = max(scheme.traits.min_workers for scheme in shared)

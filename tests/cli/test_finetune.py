@@ -116,7 +116,7 @@ def test_through_workers_one_of_which_lies_it_equals_plain_and_plain_peft_loads_
     assert measured[-1].loss < measured[0].loss
     for text in (
         "scheme split",
-        "any 2 of the operators a, b would",
+        "any 2 of the operators a, liar, b would",
         "validation at step 8: loss",
         "sample: ",
         "stored the",
