@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from tempo import kernels
-from tempo.trusted.activations import AT_ONCE
 from tempo.trusted.kernels import differentiated, hooked, native_for, recomputes
 
 _SAMPLED: Final = 64
@@ -86,11 +85,10 @@ class _BatchNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         rows, added, out = _rows(x), None if residual is None else _rows(residual), _rows(y)
 
-        def part(first: int, last: int) -> None:
-            more = None if added is None else added[first:last]
-            native.normalize(rows[first:last], more, scale, shift, relu, out[first:last])
+        def part(which: slice) -> None:
+            native.normalize(rows[which], None if added is None else added[which], scale, shift, relu, out[which])
 
-        _in_parts(part, rows)
+        kernels.rows_in_parts(part, *rows.shape)
         ctx.of_sum = residual is not None
         keeps_y = relu and ctx.of_sum
         ctx.save_for_backward(x, weight, bias, residual, mean, inverse, y if keeps_y else None)
@@ -123,11 +121,10 @@ class _BatchNorm(torch.autograd.Function):
                 of_batch = mean, (of_product * inverses.square()).float(), of_g.float()
             source, out = given if passed is None else passed, torch.empty_like(given)
 
-            def part(first: int, last: int) -> None:
-                which = slice(first, last)
+            def part(which: slice) -> None:
                 native.normalize_gradient(rows[which], source[which], scale, shift, *of_batch, out[which])
 
-            _in_parts(part, rows)
+            kernels.rows_in_parts(part, *rows.shape)
             dx = _like(out, x)
         return dx, (sums[1] * inverses).float(), sums[0].float(), dresidual, None, None, None, None
 
@@ -161,17 +158,13 @@ def _sums(native: ModuleType, x: Tensor, center: Tensor, *gradient: Tensor | Non
     g, y, scale, shift, passed = gradient or [None] * 5
     found = {}
 
-    def part(first: int, last: int) -> None:
-        found[first] = torch.zeros(2, x.shape[1], dtype=torch.float64)
-        of_rows = [None if t is None else t[first:last] for t in (x, g, y, passed)]
-        native.sum_channels(*of_rows[:3], center, scale, shift, of_rows[3], found[first])
+    def part(which: slice) -> None:
+        found[which.start] = of_part = torch.zeros(2, x.shape[1], dtype=torch.float64)
+        of_rows = [None if t is None else t[which] for t in (x, g, y, passed)]
+        native.sum_channels(*of_rows[:3], center, scale, shift, of_rows[3], of_part)
 
-    _in_parts(part, x)
+    kernels.rows_in_parts(part, *x.shape)
     return torch.stack([found[first] for first in sorted(found)]).sum(0)
-
-
-def _in_parts(part: Callable[[int, int], None], rows: Tensor) -> None:
-    kernels.in_parts(part, len(rows), max(1, AT_ONCE // rows.shape[1]))
 
 
 def _rows_lie(x: Tensor) -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tempo import kernels
 from tempo.layers.base import Protected
-from tempo.trusted.activations import AT_ONCE
 from tempo.trusted.kernels import differentiated, native_for
 
 
@@ -74,8 +73,7 @@ def _run(
     x, out = x.detach().view(-1, width), out.view(-1, width)
     g, weight = None if g is None else g.detach().view(-1, width), weight.detach().contiguous()
 
-    def part(first: int, last: int) -> None:
-        gradient = None if g is None else g[first:last]
-        native.rms_norm(x[first:last], weight, gradient, out[first:last], inverse[first:last], eps)
+    def part(rows: slice) -> None:
+        native.rms_norm(x[rows], weight, None if g is None else g[rows], out[rows], inverse[rows], eps)
 
-    kernels.in_parts(part, len(x), max(1, AT_ONCE // width))
+    kernels.rows_in_parts(part, *x.shape)

@@ -17,7 +17,7 @@ from tempo.wire.residues import reduce_
 VECTORS: Final = 2
 
 _ROWS: Final = 1 << 18
-"""Elements that are summed at a time: spread into limbs they stay in a core's cache, and they are worth a thread."""
+"""Elements that PyTorch sums at a time: spread into limbs they stay in a core's cache."""
 
 
 def row_sums(x: Tensor, vectors: Tensor) -> Tensor:
@@ -25,10 +25,10 @@ def row_sums(x: Tensor, vectors: Tensor) -> Tensor:
     if native := kernels.native():
         x, sums = x.contiguous(), torch.empty(len(x), len(vectors), dtype=torch.int64)
 
-        def part(first: int, last: int) -> None:
-            native.sum_rows(x[first:last], vectors, sums[first:last])
+        def part(rows: slice) -> None:
+            native.sum_rows(x[rows], vectors, sums[rows])
 
-        kernels.in_parts(part, len(x), max(1, _ROWS // max(1, x.shape[1])))
+        kernels.rows_in_parts(part, *x.shape)
         return sums
     halves = torch.cat(_halves(vectors)).t()
     k, step = len(vectors), max(1, _ROWS // max(1, x.shape[1]))
