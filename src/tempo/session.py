@@ -23,7 +23,7 @@ from tempo.engine.crew import Incident
 from tempo.engine.engine import Engine
 from tempo.engine.link import Link
 from tempo.engine.local import restart, start_local_workers
-from tempo.engine.memory import keep_heap
+from tempo.engine.memory import keep_heap, onto_large_pages
 from tempo.engine.recall import Recall
 from tempo.engine.stats import Stats
 from tempo.engine.truth import TruthRecorder
@@ -168,6 +168,8 @@ class Session:
             raise SettingsError(f"protect(): {elsewhere}; the trusted side runs on the CPU: call model.cpu() first")
         said = base or self.settings.base
         found = origin(model, said)
+        for parameter in model.parameters():
+            onto_large_pages(parameter)
         scheme = self._scheme_for(found)
         if scheme.traits.public_weights and said == "secret":
             raise SettingsError(

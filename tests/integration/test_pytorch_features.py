@@ -132,6 +132,17 @@ def test_a_model_stored_whole_loads_as_a_plain_one(session):
 # --- differentiation --------------------------------------------------------------------------------------------------
 
 
+def test_a_default_device_is_for_what_the_model_makes(session):
+    """A function mode, as `torch.device` sets one, changes nothing of what masks and buffers are made of."""
+    plain, protected = both(session, Network)
+    x = data()
+    with torch.device("meta"):
+        protected(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    assert session.summary().offloaded_share > 0
+    assert close([p.grad for p in protected.parameters()], [p.grad for p in plain.parameters()])
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_layers_are_recomputed_under_fresh_masks(session, reentrant):
     plain, model = both(session, Network)

@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import final
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64
+
+LARGE_PAGE = 2 << 20
+"""Bytes of a large page."""
 
 Memory = mmap.mmap | np.ndarray
 """A writable stretch of memory: pages of our own, shared or not; or (bytes of) what a device has pinned."""
@@ -87,8 +91,15 @@ def nothing(_: int) -> None:
 
 
 def mapping(size: int) -> mmap.mmap:
-    """Fresh pages of this process's own."""
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Fresh pages of this process's own, large ones if they are to be had."""
+    return in_large_pages(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+def in_large_pages(memory: mmap.mmap) -> mmap.mmap:
+    """``memory``, which nobody has touched yet, in pages of 2 MiB where the kernel has them."""
+    with suppress(AttributeError, OSError):  # no such pages on this system
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 @final

@@ -21,7 +21,7 @@ from typing import final
 from torch import Tensor
 
 from tempo.errors import ProtocolError
-from tempo.wire.memory import Block, BlockPool, tensor_at
+from tempo.wire.memory import LARGE_PAGE, Block, BlockPool, in_large_pages, tensor_at
 from tempo.wire.messages import TensorRef
 from tempo.wire.tensors import layout_of
 
@@ -57,12 +57,12 @@ class Segments:
 
     def create(self, size: int, *, answers: bool) -> tuple[int, mmap.mmap]:
         """Create and map a segment; the worker, which `drain` lets see it, may write to it if ``answers``."""
-        size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = -(-size // LARGE_PAGE) * LARGE_PAGE
         fd = os.memfd_create("tempo", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            memory = mmap.mmap(fd, size)
+            memory = in_large_pages(mmap.mmap(fd, size))
             if not answers:
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEAL_FUTURE_WRITE)
         except BaseException:
@@ -152,7 +152,8 @@ class MappedSegments:
             if not writable:  # PyTorch's remark on tensors over such memory; ours are only read
                 warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
             try:
-                self._memory.append(mmap.mmap(fd, size, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ))
+                memory = mmap.mmap(fd, size, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+                self._memory.append(in_large_pages(memory))
                 self._writable.append(writable)
             except (OSError, ValueError) as error:
                 raise ProtocolError(f"segment {number} cannot be mapped: {error}") from error
