@@ -174,3 +174,14 @@ def test_doctor_says_which_workers_nothing_binds_to_their_operators(workers):
 def test_doctor_is_content_with_good_workers(workers):
     result = CliRunner().invoke(app, ["doctor", workers[0]])
     assert result.exit_code == 0, result.output
+
+
+def test_doctor_says_what_keeps_memory_from_large_pages(workers, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempo.cli.doctor._PAGES", tmp_path)
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    (tmp_path / "shmem_enabled").write_text("always within_size advise [never] deny force\n")
+    result = CliRunner().invoke(app, ["doctor", workers[0]])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert any("shared memory" in line and "echo advise >" in line for line in lines), result.output
+    assert not any("echo madvise" in line for line in lines)

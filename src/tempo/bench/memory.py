@@ -87,11 +87,14 @@ def optimizing(model: nn.Module) -> int:
     return sum(5 * p.nbytes for p in model.parameters() if p.requires_grad and residence_of(p) is None)
 
 
-def copy_speed(elements: int = 1 << 24) -> float:
-    """Bytes per second of one copy of so many float32 numbers, read and written ones counted."""
-    source = torch.ones(elements)
-    target = torch.empty_like(source)
-    target.copy_(source)  # touches its memory
+def copy_speed(elements: int = 1 << 24, pairs: int = 8) -> float:
+    """Bytes per second of copies of so many float32 numbers, read and written ones counted.
+
+    Of several pairs of tensors in turn, as a step goes through its own: the caches of a server hold a pair or two.
+    """
+    sources = [torch.ones(elements) for _ in range(pairs)]
+    targets = [torch.ones(elements) for _ in range(pairs)]  # not empty: their pages are there
     start = time.perf_counter()
-    target.copy_(source)
-    return 2 * source.nbytes / (time.perf_counter() - start)
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
+    return pairs * 2 * sources[0].nbytes / (time.perf_counter() - start)

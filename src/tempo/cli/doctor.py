@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Final
 
 import torch
 import typer
@@ -20,6 +21,8 @@ from tempo.errors import TempoError
 from tempo.settings import Settings, parse
 from tempo.wire.address import Address
 from tempo.wire.messages import Conv, Linear, Product
+
+_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage")
 
 _LAYERS: dict[str, tuple[Product, tuple[int, ...], tuple[int, ...]]] = {
     "linear 768 → 3072, 4,096 rows": (Linear(), (4096, 768), (3072, 768)),
@@ -40,6 +43,8 @@ def doctor(
     settings = parse({"identity": identity, "peers": peers, "insecure_no_tls": insecure_no_tls}, "doctor")
     console = Console()
     console.print(_kernels_in_use())
+    if small := _small_pages():
+        console.print(small, soft_wrap=True, highlight=False, markup=False)
     table = Table("worker", "device", title=f"workers, as seen from here (Tempo {__version__})")
     for heading in ("memory\nGiB", "latency\nµs", "up\nGB/s", "down\nGB/s", "speed\nGFLOP/s"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -88,6 +93,18 @@ def _kernels_in_use() -> str:
             "pip install -v says why; masks, checks and activations take longer without"
         )
     return f"kernels here: {kernels.selected()} (of {', '.join(kernels.available())})"
+
+
+def _small_pages() -> str:
+    """What keeps memory from large pages, if anything does."""
+    kinds = {"enabled": "tensors and buffers", "shmem_enabled": "shared memory with workers of this host"}
+    found = []
+    for name, what in kinds.items():
+        setting = _PAGES / name
+        if setting.is_file() and "[never]" in setting.read_text():
+            advice = "madvise" if name == "enabled" else "advise"
+            found.append(f"{what}: pages of 4 KiB, which may be slower; as root: echo {advice} > {setting}")
+    return "\n".join(found)
 
 
 def _gain(links: list[Link], settings: Settings) -> Table:
