@@ -15,7 +15,7 @@ demo: .venv/.installed
 	$(BIN)/tempo train examples/demo.toml
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
