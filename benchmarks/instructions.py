@@ -57,6 +57,8 @@ def kernels() -> dict[str, tuple[Call, int]]:
     lse, angles, z = floats(2, 4, 65), (floats(1, 65, 64), floats(1, 65, 64)), floats(ROWS, COLUMNS)
     triangles, squares = np.random.default_rng(0).standard_normal((16, 32 * 33 // 2)), np.zeros((16, 32, 32))
     uniform = np.random.default_rng(0).integers(1 << 63, size=1 << 13).view(np.float64)
+    single_uniform = uniform.view(np.float32).copy()
+    single_triangles, single_squares = triangles.astype(np.float32), squares.astype(np.float32)
     return {
         "permute": (sandwich(x, y, permuted(ROWS), permuted(COLUMNS)), size),
         "permute, to bfloat16": (sandwich(x, half, permuted(ROWS), permuted(COLUMNS)), size),
@@ -121,7 +123,9 @@ def kernels() -> dict[str, tuple[Call, int]]:
             lse.size * 64,
         ),
         "Gaussian numbers": ((native.gaussians, (uniform,)), uniform.size),
+        "Gaussian numbers, single": ((native.gaussians, (single_uniform,)), single_uniform.size),
         "orthogonal blocks of 32": ((native.orthogonal, (triangles, squares)), squares.size),
+        "orthogonal blocks of 32, single": ((native.orthogonal, (single_triangles, single_squares)), squares.size),
     }
 
 

@@ -15,7 +15,9 @@ struct Table {
     void (*sandwich)(const Sandwich &);
     void (*sums)(const Sums &);
     void (*gaussians)(double *numbers, int64_t half);
-    void (*orthogonal)(const Haar &);
+    void (*gaussians_single)(float *numbers, int64_t half);
+    void (*orthogonal)(const Haar<double> &);
+    void (*orthogonal_single)(const Haar<float> &);
     void (*activation)(Activation kind, const float *x, const float *g, float *out, int64_t size);
     void (*gated)(Activation kind, const float *x, const float *up, const float *g, float *out, float *dup, int64_t size);
     void (*rms_norm)(const RmsNorm &);

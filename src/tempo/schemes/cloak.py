@@ -182,7 +182,7 @@ def spectrum(stream: Keystream, w: Tensor, steps: int = STEPS) -> tuple[Tensor, 
         w = w.mT
     groups, side = w.shape[:2]
     steps = min(steps, side)
-    z = haar.gaussians(stream, groups * side).view(groups, side, 1).to(w.dtype)
+    z = haar.gaussians(stream, groups * side, w.dtype).view(groups, side, 1)
     z /= z.norm(dim=1, keepdim=True)
     basis = w.new_zeros(groups, side, steps)
     projected = torch.zeros(groups, steps, steps, dtype=torch.float64)
@@ -205,7 +205,7 @@ def spectrum(stream: Keystream, w: Tensor, steps: int = STEPS) -> tuple[Tensor, 
 
 def _orthonormal(stream: Keystream, count: int, side: int, rank: int, dtype: torch.dtype) -> Tensor:
     """``count`` × side × rank, uniform among orthonormal columns; signs as in `haar.orthogonal`."""
-    gaussians = haar.gaussians(stream, count * side * rank).view(count, side, rank).to(dtype)
+    gaussians = haar.gaussians(stream, count * side * rank, dtype).view(count, side, rank)
     q: Tensor
     q, r = torch.linalg.qr(gaussians)
     return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2).to(dtype)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tempo.keys import Keystream
 from tempo.schemes import haar
+from tempo.schemes.operators import work_dtype
 from tempo.wire.layout import empty_like
 
 FAINT = 1e-20
@@ -152,7 +153,7 @@ def _fill(stream: Keystream, x: Tensor, axis: int, where: Tensor, scale: float) 
     if len(where):
         shape = [len(where) if number == axis else size for number, size in enumerate(x.shape)]
         count = len(where) * (x.numel() // x.shape[axis])
-        x.index_copy_(axis, where, (haar.gaussians(stream, count) * scale).to(x.dtype).view(shape))
+        x.index_copy_(axis, where, (haar.gaussians(stream, count, work_dtype(x)) * scale).to(x.dtype).view(shape))
 
 
 def rows_to_repeat(g: Tensor, x: tuple[int, ...], w: tuple[int, ...], multiple: int, *, want_dw: bool) -> Tensor | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from tempo.keys import Key
 from tempo.schemes.base import Traits
 from tempo.schemes.masks import IDENTITY, Mask
@@ -25,10 +27,10 @@ class InsecurePlain(SingleMaskScheme):
         """There is nothing to commute with."""
         return "with any"
 
-    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
+    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int, dtype: torch.dtype) -> tuple[Mask, Mask]:
         """The identity, twice."""
         return IDENTITY, IDENTITY
 
-    def row_mask(self, key: Key, part: int, rows: int) -> Mask:
+    def row_mask(self, key: Key, part: int, rows: int, dtype: torch.dtype) -> Mask:
         """The identity."""
         return IDENTITY

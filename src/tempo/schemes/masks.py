@@ -127,7 +127,13 @@ def draw_signs(stream: Keystream, size: int, group_order: Tensor | None = None) 
 
 
 def draw_blocks(
-    stream: Keystream, size: int, block: int, rounds: int, condition: float, group_order: Tensor | None = None
+    stream: Keystream,
+    size: int,
+    block: int,
+    rounds: int,
+    condition: float,
+    group_order: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Mask:
     """Draw ``rounds`` block-diagonal matrices between uniform permutations.
 
@@ -138,6 +144,7 @@ def draw_blocks(
         rounds: How often to mix.
         condition: Bound on the blocks' condition number; 1 draws orthogonal ones.
         group_order: As for `draw`; blocks then mix within groups.
+        dtype: Of the blocks: what they will be applied in, at the most.
     """
     order = np.zeros(1, dtype=np.int64) if group_order is None else group_order.numpy()
     groups, width = len(order), size // len(order)
@@ -158,7 +165,7 @@ def draw_blocks(
 
     gathers, stages, inverses = [shuffle(channels, slots)], [], []
     for number in range(rounds):
-        drawn = [haar.blocks(stream, n, s, condition) for n, s in shapes]
+        drawn = [haar.blocks(stream, n, s, condition, dtype) for n, s in shapes]
         stages.append(Blocks(tuple(matrices for matrices, _ in drawn)))
         inverses.append(Blocks(tuple(inverse for _, inverse in drawn)))
         last = number == rounds - 1

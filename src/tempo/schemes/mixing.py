@@ -162,19 +162,20 @@ class Mixing(SingleMaskScheme):
 
     # --- masks ---
 
-    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
+    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int, dtype: torch.dtype) -> tuple[Mask, Mask]:
         """``A`` and ``P``; with groups, channels mix within groups and groups move among themselves."""
         if min(inputs, outputs) // groups < self.block:
             raise UnsafeError(f"{inputs} and {outputs} features cannot be mixed in {groups} blocks of {self.block}")
         order = torch.from_numpy(key.stream("groups").permutation(groups)) if groups > 1 else None
         return (
-            draw_blocks(key.stream("A"), inputs, *self.mixing_of(inputs // groups), self.condition, order),
-            draw_blocks(key.stream("P"), outputs, *self.mixing_of(outputs // groups), self.condition, order),
+            draw_blocks(key.stream("A"), inputs, *self.mixing_of(inputs // groups), self.condition, order, dtype),
+            draw_blocks(key.stream("P"), outputs, *self.mixing_of(outputs // groups), self.condition, order, dtype),
         )
 
-    def row_mask(self, key: Key, part: int, rows: int) -> Mask:
+    def row_mask(self, key: Key, part: int, rows: int, dtype: torch.dtype) -> Mask:
         """``L``, of at least as many rows as a block has."""
-        return draw_blocks(key.stream(f"L{part}"), rows, self.row_block_of(rows), self.rounds, self.condition)
+        stream, block = key.stream(f"L{part}"), self.row_block_of(rows)
+        return draw_blocks(stream, rows, block, self.rounds, self.condition, dtype=dtype)
 
     def cloak(self, key: Key, problem: Problem, w: Tensor) -> cloak.Cloak | None:
         """Of ``cloak_rank``."""

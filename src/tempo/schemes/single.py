@@ -45,12 +45,12 @@ class SingleMaskScheme(Scheme):
     """Base of `insecure-plain`, `tempo` and the presets of mixing: they differ in masks, cloak and cover."""
 
     @abstractmethod
-    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
-        """Draw ``A`` over ``inputs`` and ``P`` over ``outputs`` features."""
+    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int, dtype: torch.dtype) -> tuple[Mask, Mask]:
+        """Draw ``A`` over ``inputs`` and ``P`` over ``outputs`` features, to be applied in ``dtype``."""
 
     @abstractmethod
-    def row_mask(self, key: Key, part: int, rows: int) -> Mask:
-        """Draw ``L`` for the rows of one worker's part."""
+    def row_mask(self, key: Key, part: int, rows: int, dtype: torch.dtype) -> Mask:
+        """Draw ``L`` for the rows of one worker's part, to be applied in ``dtype``."""
 
     def cloak(self, key: Key, problem: Problem, w: Tensor) -> Cloak | None:
         """Draw what is added to ``w`` before masking; None adds nothing."""
@@ -64,7 +64,7 @@ class SingleMaskScheme(Scheme):
         self, problem: Problem, w: Tensor, key: Key, targets: Sequence[Target], empty: Empty
     ) -> EncodedWeight:
         """Mask once, then copy: every worker may see the same masked bytes."""
-        A, P = self.feature_masks(key, w.shape[1] * problem.groups, w.shape[0], problem.groups)
+        A, P = self.feature_masks(key, w.shape[1] * problem.groups, w.shape[0], problem.groups, work_dtype(w))
         masks = Masks(A=A, P=P)
         whole = slice(0, w.shape[0])
         operands = [
@@ -207,7 +207,8 @@ class MaskedWeight(UpdatableWeight):
         product = self.problem.product
         for number, (target, rows) in enumerate(divide(x.shape[0], targets)):
             covered, cover = self.scheme.cover(key.stream(f"cover{number}"), x[rows])
-            masks = Masks(self.scheme.row_mask(key, number, len(covered)), self.masks.A, self.masks.P)
+            L = self.scheme.row_mask(key, number, len(covered), work_dtype(x))
+            masks = Masks(L, self.masks.A, self.masks.P)
             x_masked = empty(target.worker, tuple(covered.shape), self.problem.wire_dtype)
             watch = None if masked.cloak is None else masked.cloak.watch_input(covered)
             masks.encode("x", covered, x_masked, watch=watch, tally=(tallies or {}).get(target.worker))

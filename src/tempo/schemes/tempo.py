@@ -54,7 +54,7 @@ class Tempo(SingleMaskScheme):
             )
         return cls()
 
-    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
+    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int, dtype: torch.dtype) -> tuple[Mask, Mask]:
         """``(c_n, π_n)`` and ``(c_p, π_p)``; with groups, channels move within groups and groups among themselves."""
         order = torch.from_numpy(key.stream("groups").permutation(groups)) if groups > 1 else None
         return (
@@ -62,6 +62,6 @@ class Tempo(SingleMaskScheme):
             draw(key.stream("P"), outputs, self.max_scale, order),
         )
 
-    def row_mask(self, key: Key, part: int, rows: int) -> Mask:
+    def row_mask(self, key: Key, part: int, rows: int, dtype: torch.dtype) -> Mask:
         """``(c_m, π_m)``."""
         return draw(key.stream(f"L{part}"), rows, self.max_scale)

@@ -37,7 +37,7 @@ class TempoSigned(Tempo):
         """Signed permutations."""
         return "with any"
 
-    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
+    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int, dtype: torch.dtype) -> tuple[Mask, Mask]:
         """Permutations and signs; with groups, channels move within groups and groups among themselves."""
         order = torch.from_numpy(key.stream("groups").permutation(groups)) if groups > 1 else None
         return draw_signs(key.stream("A"), inputs, order), draw_signs(key.stream("P"), outputs, order)

@@ -66,12 +66,12 @@ def test_shield_rows_and_convolutions_are_measured():
 
 
 def test_bits_of_permutations_and_scales():
-    A, _ = Tempo(max_scale=4).feature_masks(KEY, 64, 64, 1)
+    A, _ = Tempo(max_scale=4).feature_masks(KEY, 64, 64, 1, torch.float64)
     assert mask_bits(A) == pytest.approx(math.log2(math.factorial(64)) + 64 * 2)
 
 
 def test_bits_of_one_dense_block_are_those_of_the_orthogonal_group():
-    A, _ = small_mix(4).feature_masks(KEY, 4, 4, 1)
+    A, _ = small_mix(4).feature_masks(KEY, 4, 4, 1, torch.float64)
     # Both permutations are absorbed.
     assert mask_bits(A) == pytest.approx(_orthogonal_bits(4))
     # O(2) is two circles, of length 2π each.

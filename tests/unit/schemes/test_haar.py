@@ -15,15 +15,25 @@ def stream(name: str) -> Keystream:
     return Keystream(name.encode().ljust(32, b"\0"))
 
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6}
+
+
 @pytest.mark.parametrize("name", kernels.available())
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 16, 100_001])
-def test_gaussians_are_those_of_box_and_muller(count, name):
+@DTYPES
+def test_gaussians_are_those_of_box_and_muller(count, name, dtype):
     """Of uniforms in the order in which they come: all radii, then all angles."""
-    u = haar.uniforms(stream("gauss"), count + count % 2)
-    radius, angle = (-2 * u[: len(u) // 2].log()).sqrt(), 2 * torch.pi * u[len(u) // 2 :]
-    expected = torch.cat([radius * angle.sin(), radius * angle.cos()])[:count]
+    even = count + count % 2
+    if dtype == torch.float64:
+        u = haar.uniforms(stream("gauss"), even)
+    else:
+        u = torch.from_numpy((stream("gauss").read(4 * even).view("uint32") + 0.5) / 2**32)
+    radius, angle = (-2 * u[: even // 2].log()).sqrt(), 2 * torch.pi * u[even // 2 :]
+    expected = torch.cat([radius * angle.sin(), radius * angle.cos()])[:count].to(dtype)
     with kernels.using(name):
-        torch.testing.assert_close(haar.gaussians(stream("gauss"), count), expected, rtol=0, atol=2e-14)
+        found = haar.gaussians(stream("gauss"), count, dtype)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2 * ROUNDING[dtype])
 
 
 def test_gaussians_far_out_are_as_exact():
@@ -44,18 +54,55 @@ def test_gaussians_far_out_are_as_exact():
     assert float(expected.abs().max()) > 8
 
 
-@pytest.mark.parametrize("side", [1, 2, 5, 16, 33])
-def test_orthogonal_blocks_are_the_same_with_every_instruction_set(side):
-    with kernels.using(kernels.TORCH):
-        expected = haar.orthogonal(stream("same"), 19, side)
+def test_single_precision_gaussians_far_out_and_near_zero_are_as_exact():
+    """Words next to both ends and to one half, at every eighth of a turn and next to it."""
+    ends = torch.tensor([0, 1, 2, 3, -1, -2, 1 << 31, (1 << 31) - 1, 0x4AFB0CCC, 0x4AFB0CCD, -(1 << 24), 1 << 24])
+    eighths = torch.cat([torch.arange(8) * (1 << 29) + i for i in (-1, 0, 1)])
+    words = torch.cat([ends.repeat_interleave(len(eighths)), eighths.repeat(len(ends))]).numpy().astype("uint32")
+
+    class Known(Keystream):
+        def read(self, count):
+            return words.view("uint8").copy()
+
+    u = torch.from_numpy((words + 0.5) / 2**32)
+    radius, angle = (-2 * u[: len(u) // 2].log()).sqrt(), 2 * torch.pi * u[len(u) // 2 :]
+    expected = torch.cat([radius * angle.sin(), radius * angle.cos()]).float()
     for name in kernels.available():
         with kernels.using(name):
-            torch.testing.assert_close(haar.orthogonal(stream("same"), 19, side), expected, rtol=0, atol=1e-13)
+            found = haar.gaussians(Known(bytes(32)), len(words), torch.float32)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+    assert float(expected.abs().max()) > 6.7
 
 
-def test_gaussians_have_the_moments_of_gaussians():
+@pytest.mark.parametrize("side", [1, 2, 5, 16, 33, 70])
+@DTYPES
+def test_orthogonal_blocks_are_the_same_with_every_instruction_set(side, dtype):
+    with kernels.using(kernels.TORCH):
+        expected = haar.orthogonal(stream("same"), 19, side, dtype)
+    for name in kernels.available():
+        with kernels.using(name):
+            found = haar.orthogonal(stream("same"), 19, side, dtype)
+        torch.testing.assert_close(found, expected, rtol=0, atol=10 * ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("side", [1, 3, 16, 37])
+def test_single_precision_blocks_are_the_exact_product_of_their_reflections(side):
+    """What draws them is Haar distributed in exact arithmetic; so is the result, but for rounding."""
+    words = stream("exact")
+    numbers = haar.gaussians(words, 9 * side * (side + 1) // 2, torch.float32)
+    with pytest.MonkeyPatch.context() as patch, kernels.using(kernels.TORCH):
+        patch.setattr(haar, "gaussians", lambda *_: numbers.double())
+        exact = haar.orthogonal(words, 9, side)
+    for name in kernels.available():
+        with kernels.using(name):
+            found = haar.orthogonal(stream("exact"), 9, side, torch.float32)
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=5e-6)
+
+
+@DTYPES
+def test_gaussians_have_the_moments_of_gaussians(dtype):
     count = 200_001
-    z = haar.gaussians(stream("gauss"), count)
+    z = haar.gaussians(stream("gauss"), count, dtype).double()
     assert len(z) == count
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs(float((z**power).mean()) - moment) < 6 * (variance / count) ** 0.5
@@ -63,36 +110,40 @@ def test_gaussians_have_the_moments_of_gaussians():
     assert abs(float((z[:half] * z[half + 1 :]).mean())) < 6 / half**0.5  # the two of a pair are independent
 
 
-@pytest.mark.parametrize("side", [1, 2, 5, 32])
-def test_orthogonal_blocks_are_orthogonal(side):
-    q = haar.orthogonal(stream("orthogonal"), 50, side)
-    assert float((q @ q.mT - torch.eye(side, dtype=q.dtype)).abs().max()) < 1e-14
+@pytest.mark.parametrize("side", [1, 2, 5, 32, 250])
+@DTYPES
+def test_orthogonal_blocks_are_orthogonal(side, dtype):
+    q = haar.orthogonal(stream("orthogonal"), 2000 // side, side, dtype).double()
+    assert float((q @ q.mT - torch.eye(side, dtype=q.dtype)).abs().max()) < ROUNDING[dtype]
 
 
-def test_entries_have_the_mean_and_variance_of_haar_matrices():
+@DTYPES
+def test_entries_have_the_mean_and_variance_of_haar_matrices(dtype):
     count, side = 4000, 8
-    q = haar.orthogonal(stream("entries"), count, side)
+    q = haar.orthogonal(stream("entries"), count, side, dtype).double()
     # Of an entry: mean 0, variance 1/n, fourth moment 3/(n(n+2)).
     assert float(q.mean(0).abs().max()) < 6 * (1 / side / count) ** 0.5
     spread = (3 / (side * (side + 2)) - 1 / side**2) / count
     assert float(((q**2).mean(0) - 1 / side).abs().max()) < 6 * spread**0.5
 
 
-def test_traces_and_determinants_are_those_of_haar_matrices():
+@DTYPES
+def test_traces_and_determinants_are_those_of_haar_matrices(dtype):
     # Over O(n): E tr = 0, E tr² = 1, E tr⁴ = 3, E tr(Q²) = 1, and both signs of the determinant are as likely. QR
     # without the sign fix fails the first.
     count, side = 8000, 8
-    q = haar.orthogonal(stream("traces"), count, side)
+    q = haar.orthogonal(stream("traces"), count, side, dtype).double()
     trace = q.diagonal(dim1=1, dim2=2).sum(1)
     square = (q * q.mT).sum((1, 2))
     for values, expected in ((trace, 0), (trace**2, 1), (trace**4, 3), (square, 1), (torch.linalg.det(q), 0)):
         assert abs(float(values.mean()) - expected) < 6 * float(values.std()) / count**0.5
 
 
-def test_entries_are_tied_to_each_other_as_those_of_haar_matrices():
+@DTYPES
+def test_entries_are_tied_to_each_other_as_those_of_haar_matrices(dtype):
     # Weingarten's formulas for a 2×2 minor: independent entries, or a bias towards any direction, would break these.
     count, side = 20_000, 6
-    q = haar.orthogonal(stream("minors"), count, side)
+    q = haar.orthogonal(stream("minors"), count, side, dtype).double()
     scale = side * (side - 1) * (side + 2)
     for i, j in ((0, 1), (0, side - 1), (side - 2, side - 1)):
         squares = q[:, i, i] ** 2 * q[:, j, j] ** 2
@@ -101,9 +152,10 @@ def test_entries_are_tied_to_each_other_as_those_of_haar_matrices():
             assert abs(float(values.mean()) - expected) < 6 * float(values.std()) / count**0.5
 
 
-def test_eigenphases_repel_each_other_and_are_spread_evenly():
+@DTYPES
+def test_eigenphases_repel_each_other_and_are_spread_evenly(dtype):
     count, side = 2000, 9
-    q = haar.orthogonal(stream("phases"), count, side)
+    q = haar.orthogonal(stream("phases"), count, side, dtype).double()
     q = q[torch.linalg.det(q) > 0]  # SO(9): one eigenvalue 1, four conjugate pairs
     phases = torch.linalg.eigvals(q).angle().sort(1).values[:, 5:]  # the pairs' phases in (0, π)
     # The density of a pair's phase on SO(2m+1) by Weyl's formula, through its first cosine moment: E Σ 2cosθ + 1 = 0.

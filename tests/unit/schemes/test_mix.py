@@ -66,7 +66,7 @@ def test_the_presets_are_what_their_traits_say():
 @pytest.mark.parametrize("width", [32, 200, 383, 384, 1000])
 def test_narrow_weights_are_mixed_by_one_dense_block_where_the_base_is_public(width):
     def blocks(scheme) -> list[int]:
-        masks = scheme.feature_masks(KeySchedule().fresh(1, "w"), width, width, 1)
+        masks = scheme.feature_masks(KeySchedule().fresh(1, "w"), width, width, 1, torch.float32)
         return [batch.shape[1] for mask in masks for stage in mask.blocks for batch in stage.batches]
 
     assert all(32 <= side <= 63 for side in blocks(schemes.create("mix")))

@@ -20,7 +20,7 @@ class OneSided(Mix):
     def __init__(self, block: int = 32, rounds: int = 1) -> None:
         super().__init__(block, 1, rounds, cloak=0, insecure_small_blocks=True)
 
-    def row_mask(self, key: Key, part: int, rows: int) -> Mask:
+    def row_mask(self, key: Key, part: int, rows: int, dtype: torch.dtype) -> Mask:
         """The identity."""
         return IDENTITY
 
@@ -32,10 +32,10 @@ class FeaturesReused(OneSided):
         super().__init__(block, rounds)
         self._first: dict[tuple[int, int], tuple[Mask, Mask]] = {}
 
-    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
+    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int, dtype: torch.dtype) -> tuple[Mask, Mask]:
         """The first that were drawn for these sizes."""
         if (inputs, outputs) not in self._first:
-            self._first[inputs, outputs] = super().feature_masks(key, inputs, outputs, groups)
+            self._first[inputs, outputs] = super().feature_masks(key, inputs, outputs, groups, dtype)
         return self._first[inputs, outputs]
 
 
@@ -45,7 +45,7 @@ class RowsOnly(Mix):
     def __init__(self, row_block: int = 32, rounds: int = 1) -> None:
         super().__init__(1, row_block, rounds, cloak=0, insecure_small_blocks=True)
 
-    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
+    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int, dtype: torch.dtype) -> tuple[Mask, Mask]:
         """The identity, twice."""
         return IDENTITY, IDENTITY
 
@@ -59,13 +59,13 @@ class Uncovered(SingleMaskScheme):
     def __init__(self, block: int = 32, row_block: int = 32, rounds: int = 1) -> None:
         self._mix = Mix(block, row_block, rounds, insecure_small_blocks=True)
 
-    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
+    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int, dtype: torch.dtype) -> tuple[Mask, Mask]:
         """Those of `mix`."""
-        return self._mix.feature_masks(key, inputs, outputs, groups)
+        return self._mix.feature_masks(key, inputs, outputs, groups, dtype)
 
-    def row_mask(self, key: Key, part: int, rows: int) -> Mask:
+    def row_mask(self, key: Key, part: int, rows: int, dtype: torch.dtype) -> Mask:
         """That of `mix`."""
-        return self._mix.row_mask(key, part, rows)
+        return self._mix.row_mask(key, part, rows, dtype)
 
 
 def small_mix(block: int, row_block: int = 32, rounds: int = 1) -> Mix:
@@ -79,13 +79,14 @@ class InputsMixed(Mix):
     def __init__(self, block: int = 32, rounds: int = 1) -> None:
         super().__init__(block, 1, rounds, cloak=0, insecure_small_blocks=True)
 
-    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int) -> tuple[Mask, Mask]:
+    def feature_masks(self, key: Key, inputs: int, outputs: int, groups: int, dtype: torch.dtype) -> tuple[Mask, Mask]:
         """``A`` of `mix`, ``P`` of `tempo`."""
-        return super().feature_masks(key, inputs, outputs, groups)[0], Tempo().feature_masks(key, inputs, outputs, 1)[1]
+        A, _ = super().feature_masks(key, inputs, outputs, groups, dtype)
+        return A, Tempo().feature_masks(key, inputs, outputs, 1, dtype)[1]
 
-    def row_mask(self, key: Key, part: int, rows: int) -> Mask:
+    def row_mask(self, key: Key, part: int, rows: int, dtype: torch.dtype) -> Mask:
         """That of `tempo`."""
-        return Tempo().row_mask(key, part, rows)
+        return Tempo().row_mask(key, part, rows, dtype)
 
 
 class StrongCloak(Mix):
