@@ -42,10 +42,10 @@ void orthogonal(const Triangles<Real> &numbers, const Squares<Real> &q) {
 namespace tempo {
 
 void bind_haar(nb::module_ &m) {
-    m.def("gaussians", &::gaussians<float>, nb::arg("numbers"));
-    m.def("gaussians", &::gaussians<double>, nb::arg("numbers"));
-    m.def("orthogonal", &::orthogonal<float>, nb::arg("gaussians"), nb::arg("q"));
-    m.def("orthogonal", &::orthogonal<double>, nb::arg("gaussians"), nb::arg("q"));
+    m.def("gaussians", &::gaussians<float>, nb::arg("numbers").noconvert());
+    m.def("gaussians", &::gaussians<double>, nb::arg("numbers").noconvert());
+    m.def("orthogonal", &::orthogonal<float>, nb::arg("gaussians"), nb::arg("q").noconvert());
+    m.def("orthogonal", &::orthogonal<double>, nb::arg("gaussians"), nb::arg("q").noconvert());
 }
 
 }  // namespace tempo
