@@ -89,7 +89,9 @@ inline void store(uint16_t *to, Vector v) {
     std::memcpy(to, &half, sizeof half);
 }
 
-constexpr int64_t kStreamFrom = 1 << 22;  // elements of an output from which it is written past the caches
+// Elements of an output from which it is written past the caches: what a core's own hold. Those that it shares may be
+// larger, but between two uses of a buffer a step fills them with others.
+constexpr int64_t kStreamFrom = 1 << 19;
 
 inline bool aligned(const void *p) { return reinterpret_cast<uintptr_t>(p) % (kLanes * 4) == 0; }
 

@@ -59,9 +59,9 @@ def test_every_pair_of_operators_is_what_it_is_in_double_precision(kernel, left,
         assert (out - exact).abs().max() <= 2e-6 * exact.abs().max()
 
 
+@pytest.mark.parametrize("shape", [(45, 4100), (1025, 512)], ids=str)
 @pytest.mark.parametrize("kind", ["none", "permutation", "blocks"])
-def test_rows_wider_than_the_caches(kernel, kind):
-    shape = (45, 4100)
+def test_rows_wider_than_the_caches_and_outputs_written_past_them(kernel, kind, shape):
     rows, columns = operators(kind, kind, shape, Form.PLAIN)
     x = torch.randn(shape)
     exact, out = torch.empty(shape, dtype=torch.float64), torch.empty(shape)
