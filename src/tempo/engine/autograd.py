@@ -106,16 +106,6 @@ class _Offload(torch.autograd.Function):
             for first in range(0, len(needs), members)
         )
         used = [g for g in gradients if g is not None]
-        with ctx.product.engine.stats.timed("mask", "g", ctx.product.name):
-            # Exact schemes notice by themselves what is not finite, so that frozen biases need no sums.
-            needless = ctx.product.scheme.traits.exact
-            totals = [
-                None if g is None or (needless and not need) else g.sum([0, *range(2, g.dim())])
-                for g, need in zip(gradients, needs_bias, strict=True)
-            ]
-            for g, total in zip(gradients, totals, strict=True):
-                if g is not None and total is not None:
-                    ctx.product.engine.warn_if_not_finite(ctx.product.name, g, total)
         # Unpacked once at most: under `torch.utils.checkpoint` each time would recompute.
         saved = cache(partial(_saved, ctx))
         finish: Finish | None = None
@@ -125,6 +115,7 @@ class _Offload(torch.autograd.Function):
             if any(needs_w) and not all(needs_w) and ctx.call.residence is not None:
                 ctx.call.residence.end("only some of the outputs that it has with others are used")
             finish = ctx.call.begin_backward(g, saved, want_dx=needs_x, want_dw=any(needs_w))
+        totals = _totals(ctx, gradients, needs_bias, None if finish is None else ctx.call.total)
         back: LowRank | None = None
         of_a: Sequence[Tensor | None] = [None] * members
         of_b: Sequence[Tensor | None] = [None] * members
@@ -151,6 +142,29 @@ def _saved(ctx: Any) -> tuple[Tensor, list[Tensor]]:
     x, *others = ctx.saved_tensors
     resident = ctx.call.residence
     return x.detach(), others[: len(ctx.shapes)] if resident is None else list(resident.parameters)
+
+
+def _totals(
+    ctx: Any, gradients: Sequence[Tensor | None], needed: Sequence[bool], total: Tensor | None
+) -> Sequence[Tensor | None]:
+    """The sum of each gradient's rows, of all of which ``total`` is if it is known already; warns of what is not
+    finite.
+    """
+    product = ctx.product
+    with product.engine.stats.timed("mask", "g", product.name):
+        if total is not None:
+            totals: Sequence[Tensor | None] = total.split([shape[1] for shape in ctx.shapes])
+        else:
+            # Exact schemes notice by themselves what is not finite, so that frozen biases need no sums.
+            needless = product.scheme.traits.exact
+            totals = [
+                None if g is None or (needless and not need) else g.sum([0, *range(2, g.dim())])
+                for g, need in zip(gradients, needed, strict=True)
+            ]
+        for g, of_rows in zip(gradients, totals, strict=True):
+            if g is not None and of_rows is not None:
+                product.engine.warn_if_not_finite(product.name, g, of_rows)
+    return totals
 
 
 def _hand_over(weight_gradients: Callable[[], list[Tensor]], pending: Sequence[_Pending | None]) -> None:

@@ -125,6 +125,8 @@ class Call:
         self.shapes_x = {o.worker: o.shape("x") for o in encoded.operands}
         self.operand = 0
         self.differentiated = False
+        self.total: Tensor | None = None
+        """The sum of the rows of the gradient that was sent last, if masking it made that."""
         self.checks = checks
         self._resent: Batch | None = None
         if keep:
@@ -200,7 +202,7 @@ class Call:
 
         Where the scheme would rather not send rows of ``g`` that are zero, the others go out in a call of their own.
         """
-        product = self.product
+        product, self.total = self.product, None
         product.engine.check_open()
         with product.engine.stats.timed("mask", "g", product.name):
             rows = product.scheme.rows_to_repeat(g, *self.shapes, want_dw=want_dw)
@@ -300,6 +302,7 @@ class Call:
                 want_dw=want_dw,
                 tallies=tallies,
             )
+        self.total = encoded.total
         if not encoded.finite:
             engine.warn_if_not_finite(self.product.name, g, g.sum(1))
         if residence is not None:

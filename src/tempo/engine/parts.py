@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tempo.schemes.total import summed
+
 if TYPE_CHECKING:
     from tempo.engine.call import Call, Finish, Gradients, Saved
     from tempo.schemes.low_rank import LowRank
@@ -26,6 +28,11 @@ class CallInParts:
     def __init__(self, calls: Sequence[Call]) -> None:
         self._calls = calls
         self._rows: list[int] = [call.shapes[0][0] for call in calls]
+
+    @property
+    def total(self) -> Tensor | None:
+        """As `Call.total`."""
+        return summed([call.total for call in self._calls])
 
     def begin_backward(self, g: Tensor, saved: Saved, *, want_dx: bool, want_dw: bool) -> Finish:
         """Send all parts of ``g~`` before any gradient is awaited; otherwise as `Call.begin_backward`."""

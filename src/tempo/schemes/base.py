@@ -123,6 +123,8 @@ class EncodedGradient(ABC):
     operands: list[Operand]
     finite: bool = True
     """Whether the gradient is, as far as the encoding noticed."""
+    total: Tensor | None = None
+    """The sum of its rows (m), if encoding it made that on the way."""
 
     @property
     def corrects_weight_gradient(self) -> bool:

@@ -33,6 +33,7 @@ from tempo.schemes.low_rank import LowRank, add_all
 from tempo.schemes.masks import Mask, Masks
 from tempo.schemes.operators import work_dtype
 from tempo.schemes.reply import Passed, Reply
+from tempo.schemes.total import Total, summed
 from tempo.wire.layout import maps
 from tempo.wire.messages import Muon, Rule
 from tempo.worker.update import apply
@@ -312,17 +313,24 @@ class MaskedInput(EncodedInput):
         weight = self.weight
         product = weight.problem.product
         masked = MaskedGradient(self, next(iter(weight.operands)).tensors["w"].shape)
+        totals: list[Tensor | None] = []
         for number, (worker, part) in enumerate(self.parts.items()):
-            covered, cover = weight.scheme.cover(key.stream(f"cover{number}"), g[part.rows])
+            plain, tally = g[part.rows], (tallies or {}).get(worker)
+            covered, cover = weight.scheme.cover(key.stream(f"cover{number}"), plain)
             g_masked = empty(worker, tuple(covered.shape), weight.problem.wire_dtype)
             watch = None if self.cloak is None else self.cloak.watch_gradient(covered)
-            part.masks.encode("g", covered, g_masked, watch=watch, tally=(tallies or {}).get(worker))
+            # Of what is rounded on its way, or covered, the sum would be another.
+            exact = g_masked.dtype == torch.float32 and covered is plain
+            total = Total(part.masks, len(plain), tally) if exact and tally is not None else None
+            part.masks.encode("g", covered, g_masked, watch=watch, tally=tally if total is None else total.tally)
+            totals.append(None if total is None else total.made())
             masked.operands.append(Operand(worker, {"g": g_masked}, part.rows))
             seen = None if self.cloak is None else self.cloak.seen_by_gradient(covered, watch)
             shares = shares_of_input_gradient(product, covered[: cover.real], cover.filled_columns, w)
             masked.parts[worker] = Part(part.rows, part.masks, cover, shares, seen)
             if want_dw:
                 masked.extra.add(part.cover, cover, covered, partial(_rows, x, part.rows))
+        masked.total = summed(totals)
         if want_dw:
             masked.extra.complete(g, x)
         return masked

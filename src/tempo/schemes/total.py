@@ -1,0 +1,51 @@
+"""The sum of the rows of ``G``, a bias's gradient, from sums of ``G~`` that are made while it is written.
+
+With ``G~ = L^-T G P``, ``1ᵀ G P = (L 1)ᵀ G~``: one weight for each row, beside those that checks sum columns with.
+Only rounding in single precision is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tempo.schemes.masks import Masks
+from tempo.schemes.reply import MOST_WEIGHTS, Tally
+
+
+class Total:
+    """Has a matrix's rows summed while it is masked.
+
+    Args:
+        masks: Around ``G``.
+        rows: Of ``G``.
+        tally: What is summed of ``G~`` anyway.
+    """
+
+    def __init__(self, masks: Masks, rows: int, tally: Tally) -> None:
+        self._masks, self._asked = masks, tally
+        self.tally = tally
+        """What to have summed instead."""
+        if tally.weights is not None and len(tally.weights) < MOST_WEIGHTS:
+            weights = torch.empty(rows, 1)
+            Masks(L=masks.L).encode("x", torch.ones(rows, 1), weights)
+            self.tally = replace(tally, weights=torch.cat([tally.weights, weights.t()]))
+
+    def made(self) -> Tensor | None:
+        """The sum (m), once ``G~`` was written; None if that was without sums."""
+        if self.tally is self._asked or self.tally.columns is None:
+            return None
+        sums, lengths = self.tally.columns
+        self._asked.rows, self._asked.columns = self.tally.rows, (sums[:-1], lengths)
+        total = torch.empty(1, sums.shape[1])
+        Masks(P=self._masks.P).decode("g", sums[-1:], [total])
+        return total[0]
+
+
+def summed(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum of the rows of all parts of a matrix, by row; None if it is not known of each."""
+    found = [part for part in parts if part is not None]
+    return sum(found[1:], found[0]) if found and len(found) == len(parts) else None
