@@ -34,7 +34,6 @@ struct Held {
     std::vector<std::vector<Block>> blocks;
     std::vector<const Block *> first;
     std::vector<int> counts;
-    std::vector<float> values;
 
     Held(std::vector<Index> indices, const std::optional<Scale> &scale, const Rounds &rounds, int64_t size)
         : gathers(std::move(indices)) {
@@ -53,7 +52,7 @@ struct Held {
         }
         inverse.resize(size);
         for (int64_t i = 0; i < size; ++i) inverse[pointers.back()[i]] = int32_t(i);
-        pack(rounds, size);
+        place(rounds, size);
         op.size = int(size);
         op.rounds = int(rounds.size());
         op.gathers = pointers.data();
@@ -64,31 +63,16 @@ struct Held {
     }
     Held(const Held &) = delete;
 
-    // Blocks side by side, each transposed, lines padded with zeros to whole vectors.
-    void pack(const Rounds &rounds, int64_t size) {
-        constexpr int64_t kPadding = 16;
-        const auto padded = [](int64_t side) { return (side + kPadding - 1) / kPadding * kPadding; };
-        size_t floats = 0;
-        for (const auto &batches : rounds)
-            for (const Squares &squares : batches)
-                floats += squares.shape(0) * squares.shape(1) * padded(squares.shape(1));
-        values.assign(floats, 0.0f);
-        float *next = values.data();
+    void place(const Rounds &rounds, int64_t size) {
         for (const auto &batches : rounds) {
             std::vector<Block> found;
             int64_t start = 0;
             for (const Squares &squares : batches) {
-                const int64_t side = squares.shape(1), stride = padded(side);
+                const int64_t side = int64_t(squares.shape(1));
                 require(int64_t(squares.shape(2)) == side, "blocks have to be square");
-                for (size_t b = 0; b < squares.shape(0); ++b) {
-                    const float *block = squares.data() + int64_t(b) * squares.stride(0);
-                    for (int64_t o = 0; o < side; ++o)
-                        for (int64_t k = 0; k < side; ++k)
-                            next[k * stride + o] = block[o * squares.stride(1) + k * squares.stride(2)];
-                    found.push_back({int(start), int(side), int(stride), next});
-                    next += side * stride;
-                    start += side;
-                }
+                for (size_t b = 0; b < squares.shape(0); ++b, start += side)
+                    found.push_back({int(start), int(side), squares.stride(2), squares.stride(1),
+                                     squares.data() + int64_t(b) * squares.stride(0)});
             }
             require(start == size, "blocks have to be as large as the axis they apply to, together");
             blocks.push_back(std::move(found));

@@ -106,12 +106,12 @@ inline void mix_rows(const Block &block, const float *from, float *to, int width
         by_six(block.side, [&](auto outputs, int output) {
             constexpr int kVectors = decltype(vectors)::value, kOutputs = decltype(outputs)::value;
             Vector total[kOutputs][kVectors] = {};
-            const float *row = from + column, *weights = block.values + output;
-            for (int k = 0; k < block.side; ++k, row += kChunk, weights += block.stride) {
+            const float *row = from + column, *weights = block.values + output * block.to;
+            for (int k = 0; k < block.side; ++k, row += kChunk, weights += block.from) {
                 Vector x[kVectors];
                 for (int v = 0; v < kVectors; ++v) x[v] = load(row + v * kLanes);
                 for (int o = 0; o < kOutputs; ++o) {
-                    const Vector w = broadcast(weights[o]);
+                    const Vector w = broadcast(weights[o * block.to]);
                     for (int v = 0; v < kVectors; ++v) total[o][v] += w * x[v];
                 }
             }
@@ -131,12 +131,12 @@ inline void mix_columns(const Block &block, const int32_t *index, const Lines &f
         by_six(block.side, [&](auto outputs, int output) {
             constexpr int kOutputs = decltype(outputs)::value;
             Vector total[kOutputs][kVectors] = {};
-            const float *weights = block.values + output;
-            for (int k = 0; k < block.side; ++k, weights += block.stride) {
+            const float *weights = block.values + output * block.to;
+            for (int k = 0; k < block.side; ++k, weights += block.from) {
                 Vector x[kVectors];
                 for (int v = 0; v < kVectors; ++v) x[v] = load(lines[v] + int64_t(index[k]) * kLine);
                 for (int o = 0; o < kOutputs; ++o) {
-                    const Vector w = broadcast(weights[o]);
+                    const Vector w = broadcast(weights[o * block.to]);
                     for (int v = 0; v < kVectors; ++v) total[o][v] += w * x[v];
                 }
             }

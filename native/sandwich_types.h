@@ -10,8 +10,8 @@ namespace tempo {
 struct Block {
     int start;
     int side;
-    int stride;           // between the lines of `values`
-    const float *values;  // values[k * stride + o]: how much of element k goes into element o
+    int64_t from, to;     // strides of `values`
+    const float *values;  // values[k * from + o * to]: how much of element k goes into element o
 };
 
 // An operator along one axis: gathers with block-diagonal matrices between them, one gather more than matrices.
