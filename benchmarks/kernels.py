@@ -24,6 +24,7 @@ from tempo import kernels
 from tempo.bench.measure import machine
 from tempo.engine.memory import keep_heap
 from tempo.keys import KeySchedule, Keystream
+from tempo.schemes import haar
 from tempo.schemes.fixed_point import combine_rows, share_rows
 from tempo.schemes.masks import Form, Mask, draw, draw_blocks
 from tempo.schemes.reply import Watch
@@ -194,6 +195,12 @@ def expansion() -> Case:
     return both(out.numel(), lambda: expand(bytes(SEED_BYTES), out))
 
 
+def orthogonal(side: int) -> Case:
+    """Blocks of a mask, with the numbers that they are made of."""
+    stream, count = KeySchedule().fresh(1, "w").stream("A"), (1 << 19) // side**2
+    return both(count * side**2, lambda: haar.orthogonal(stream, count, side, torch.float32))
+
+
 KERNELS: dict[str, Callable[[], Case]] = {
     "permute and scale": lambda: mask(lambda stream, size: draw(stream, size, 255)),
     "permute and scale, to bfloat16": lambda: mask(lambda stream, size: draw(stream, size, 255), torch.bfloat16),
@@ -203,6 +210,9 @@ KERNELS: dict[str, Callable[[], Case]] = {
     "blocks of 32, checked": lambda: mask(lambda stream, size: draw_blocks(stream, size, 32, 1, 1.0), checked=True),
     "blocks of 64": lambda: mask(lambda stream, size: draw_blocks(stream, size, 64, 1, 1.0)),
     "two rounds of 32": lambda: mask(lambda stream, size: draw_blocks(stream, size, 32, 2, 1.0)),
+    "orthogonal blocks of 32": lambda: orthogonal(32),
+    "orthogonal blocks of 64": lambda: orthogonal(64),
+    "orthogonal blocks of 256": lambda: orthogonal(256),
     "sums of rows": lambda: sums(columns=False),
     "sums of rows and columns": lambda: sums(columns=True),
     "expand a seed": expansion,
