@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Final
 
@@ -36,7 +37,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+        dq, dk, dv = _gradients(q, k, v)
         g = g if g.stride(3) == 1 else g.contiguous()
 
         def part(first: int, last: int) -> None:
@@ -45,6 +46,21 @@ class _Attention(torch.autograd.Function):
 
         kernels.in_parts(part, len(q), 1)
         return dq, dk, dv, None, None, None
+
+
+def _gradients(*operands: Tensor) -> Sequence[Tensor]:
+    """Room for gradients like ``operands`` (samples, heads, tokens, width).
+
+    Side by side where ``operands`` lie tokens first, as projections leave them. So what projected them gets the
+    gradient of all of them as one matrix, without a copy.
+    """
+    tokens_first = [t.transpose(1, 2) for t in operands]
+    samples, tokens, _, width = tokens_first[0].shape
+    if not all(t.is_contiguous() and t.shape[1] == tokens for t in tokens_first):
+        return [torch.empty_like(t) for t in operands]
+    heads = [t.shape[2] for t in tokens_first]
+    whole = operands[0].new_empty(samples, tokens, sum(heads), width)
+    return [part.transpose(1, 2) for part in whole.split(heads, 2)]
 
 
 def attention(

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from tempo.engine.autograd import joined
+
 
 class Branches(nn.Module):
     """Query, key and value of one normalised input."""
@@ -128,3 +130,13 @@ def test_an_input_changed_in_place_is_sent_again(pair):
     for _ in range(2):
         step(model)
     torch.testing.assert_close(run(model), run(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_joined_as_they_are():
+    whole = torch.randn(5, 12)
+    matrix, wide = list(whole.split([3, 4, 5], 1)), torch.randn(5, 24)
+    layouts = [matrix, matrix[::-1], matrix[:2] * 2, [matrix[0], matrix[2]], [*matrix, wide[:, 2:7]]]
+    layouts += [list(whole.t().split(6)), [wide[:, :4], wide[:, 4::2]], list(whole[:1].expand(5, 12).split(4, 1))]
+    for parts in layouts:
+        assert torch.equal(joined(parts), torch.cat(parts, 1))
+    assert joined(matrix[1:]).data_ptr() == matrix[1].data_ptr()

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tempo import kernels
+from tempo.engine.autograd import joined
 from tempo.trusted.mode import TrustedMode
 
 
@@ -85,6 +86,16 @@ def test_queries_may_share_heads_of_keys(isa_name, groups, kv_heads, queries, ke
     wanted = torch.autograd.grad(expected, exact, g.double())
     for ours, theirs in zip((out, *got), (expected, *wanted), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (4, 2)])
+def test_gradients_of_what_was_projected_together_are_one_matrix(isa, heads):
+    (q, *_), (_, k, v) = operands(2, heads[0], 9, 9, 16), operands(2, heads[1], 9, 9, 16)
+    out = within(q, k, v, enable_gqa=True)
+    got = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    parts = [t.transpose(1, 2).reshape(18, -1) for t in got]
+    assert (joined(parts).data_ptr() == parts[0].data_ptr()) == native(out)
+    assert torch.equal(joined(parts), torch.cat(parts, 1))
 
 
 def test_heads_that_do_not_fit_are_refused_as_pytorch_does(isa):
