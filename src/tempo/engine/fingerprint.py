@@ -37,6 +37,11 @@ class Fingerprint:
             and torch.equal(self._moved, other._moved)
         )
 
+    @property
+    def finite(self) -> bool:
+        """Whether that product shows that there is neither NaN nor infinity; large numbers may overflow in it."""
+        return bool(torch.isfinite(self._moved).all())
+
     __hash__ = None  # type: ignore[assignment]
 
 
