@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arrays.h"
 #include "table.h"
 
 namespace nb = nanobind;

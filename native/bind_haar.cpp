@@ -4,11 +4,11 @@ namespace {
 
 using tempo::require;
 template <typename Real>
-using Numbers = nb::ndarray<Real, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Numbers = tempo::Array<Real, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <typename Real>
-using Triangles = nb::ndarray<const Real, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Triangles = tempo::Array<const Real, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 template <typename Real>
-using Squares = nb::ndarray<Real, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Squares = tempo::Array<Real, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 // An even number of random words become standard normal numbers, in place.
 template <typename Real>

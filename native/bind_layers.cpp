@@ -6,15 +6,15 @@ using tempo::require;
 using tempo::Activation;
 using tempo::Attention;
 using tempo::Heads;
-using Flat = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
-using FlatOut = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
-using Operand = nb::ndarray<float, nb::ndim<4>, nb::device::cpu>;  // (samples, heads, tokens, features)
-using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using MatrixOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Angles = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;  // (samples, tokens, features)
-using Sums = nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Channels = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Rows = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Flat = tempo::Array<const float, nb::c_contig, nb::device::cpu>;
+using FlatOut = tempo::Array<float, nb::c_contig, nb::device::cpu>;
+using Operand = tempo::Array<float, nb::ndim<4>, nb::device::cpu>;  // (samples, heads, tokens, features)
+using Matrix = tempo::Array<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using MatrixOut = tempo::Array<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Angles = tempo::Array<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;  // (samples, tokens, features)
+using Sums = tempo::Array<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Channels = tempo::Array<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Rows = tempo::Array<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 Activation named(const std::string &name) {
     if (name == "gelu") return Activation::gelu;

@@ -10,10 +10,10 @@ using tempo::Matrices;
 using tempo::Operator;
 using tempo::Piece;
 using tempo::Sandwich;
-using Array = nb::ndarray<nb::device::cpu>;
-using Index = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Scale = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Squares = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;  // (count, side, side), any strides
+using Array = tempo::Array<nb::device::cpu>;
+using Index = tempo::Array<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Scale = tempo::Array<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Squares = tempo::Array<const float, nb::ndim<3>, nb::device::cpu>;  // (count, side, side), any strides
 using Rounds = std::vector<std::vector<Squares>>;
 
 Matrices matrices_of(const Array &array) {
@@ -92,9 +92,9 @@ std::optional<Held> held(const std::optional<Given> &given, int64_t size) {
                  : std::nullopt;
 }
 
-using Vectors = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using WatchedSums = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Lengths = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Vectors = tempo::Array<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using WatchedSums = tempo::Array<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Lengths = tempo::Array<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Watching = std::tuple<Vectors, WatchedSums, Lengths>;
 using Added = std::tuple<Vectors, Vectors>;
 // Vectors, sums and lengths of rows; and weights, sums and lengths of columns.

@@ -3,16 +3,16 @@
 namespace {
 
 using tempo::require;
-using Matrix = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
-using Ints = nb::ndarray<const int32_t, nb::ndim<2>, nb::device::cpu>;
+using Matrix = tempo::Array<nb::ndim<2>, nb::device::cpu>;
+using Ints = tempo::Array<const int32_t, nb::ndim<2>, nb::device::cpu>;
 template <typename T>
-using Line = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Line = tempo::Array<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <typename T>
-using Lines = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Lines = tempo::Array<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Numbers = std::optional<Line<const float>>;
 using Vectors = std::optional<Lines<const int32_t>>;
 using Sums = std::optional<Lines<int64_t>>;
-using Floats = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
+using Floats = tempo::Array<const float, nb::ndim<2>, nb::device::cpu>;
 using Added = std::optional<std::tuple<Floats, Lines<const float>>>;
 
 // Numbers from the start of a cache line on.

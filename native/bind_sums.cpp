@@ -4,11 +4,11 @@ namespace {
 
 using tempo::require;
 using tempo::Sums;
-using Matrix = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
+using Matrix = tempo::Array<nb::ndim<2>, nb::device::cpu>;
 template <typename T>
-using Line = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Line = tempo::Array<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <typename T>
-using Lines = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Lines = tempo::Array<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // Fills `of_rows` and `row_lengths`; where `q` is given, `of_columns` and `column_lengths` too.
 void sums(const Matrix &x, const std::optional<Matrix> &copy, const Lines<const float> &v, const Lines<float> &of_rows,
@@ -48,7 +48,7 @@ void sums(const Matrix &x, const std::optional<Matrix> &copy, const Lines<const 
     tempo::active->sums(s);
 }
 
-using Floats = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
+using Floats = tempo::Array<float, nb::ndim<2>, nb::device::cpu>;
 
 // `x vᵀ` to `of_rows`, `qᵀ x` to `of_columns`: either may be left out.
 void tall_products(const Matrix &x, const std::optional<Lines<const float>> &v, const std::optional<Floats> &of_rows,
