@@ -8,8 +8,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
@@ -64,7 +63,7 @@ class Batch:
         """Send ``message`` with the tensors of ``send`` to its worker; its answers, ``wants``, must pass ``checks``."""
         engine, worker = self.engine, send.worker
         link, trace = engine.links[worker], engine.stats.trace
-        with engine.stats.timed("wire", message.__name__, self.name), self._named(worker):
+        with engine.stats.timed("wire", message.__name__, self.name), Named(engine, self.name, worker):
             exchange = None if trace is None else trace.request(str(link.address), message.__name__, self.name)
             request = message(step=engine.step, layer=self.layer, **fields)
             futures = link.request(
@@ -85,11 +84,11 @@ class Batch:
         Returns:
             Workers that lack the weight that they were asked for by its digests.
         """
-        lacking = []
+        engine, lacking = self.engine, []
         for worker, future in self._futures.pop("", {}).items():
-            with self.engine.stats.timed("wire", "acknowledgement", self.name), self._named(worker):
+            with engine.stats.timed("wire", "acknowledgement", self.name), Named(engine, self.name, worker):
                 try:
-                    future.result(timeout=self.engine.settings.request_timeout)
+                    future.result(timeout=engine.settings.request_timeout)
                 except WorkerLacksWeightError:
                     lacking.append(worker)
         return lacking
@@ -128,8 +127,8 @@ class Batch:
         waited, trace = 0, engine.stats.trace
         before = {worker: engine.links[worker].worker_nanoseconds for worker in futures}
         for worker in list(futures):
-            named = partial(self._named, worker)
-            with named():
+            named = Named(engine, self.name, worker)
+            with named:
                 start = time.perf_counter_ns()
                 # Out of the batch whatever comes: what is left in it when something fails is given back with it.
                 with nullcontext() if trace is None else trace.span("wait", name, self.name):
@@ -142,19 +141,27 @@ class Batch:
         engine.stats.seconds["worker"] += min(waited, computing) / 1e9
         engine.stats.seconds["wire"] += max(0, waited - computing) / 1e9
 
-    @contextmanager
-    def _named(self, worker: int) -> Iterator[None]:
-        """Add the layer's name to whatever goes wrong at a worker."""
-        try:
-            yield
-        except FutureTimeoutError:
+
+@final
+class Named:
+    """Adds a layer's name to whatever goes wrong inside, at one of its workers."""
+
+    __slots__ = ("_engine", "_layer", "_worker")
+
+    def __init__(self, engine: Engine, layer: str, worker: int) -> None:
+        self._engine, self._layer, self._worker = engine, layer, worker
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, FutureTimeoutError):
             lost = WorkerLostError(
-                f"layer {self.name!r}: worker {self.engine.links[worker].address} did not answer within "
-                f"{self.engine.settings.request_timeout:g} s (setting request_timeout)"
+                f"layer {self._layer!r}: worker {self._engine.links[self._worker].address} did not answer within "
+                f"{self._engine.settings.request_timeout:g} s (setting request_timeout)"
             )
-            lost.worker = worker
+            lost.worker = self._worker
             raise lost from None
-        except WorkerError as error:
-            named = type(error)(f"layer {self.name!r}: {error}")
-            named.worker = worker
+        if isinstance(error, WorkerError):
+            named = type(error)(f"layer {self._layer!r}: {error}")
+            named.worker = self._worker
             raise named from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, final
 
@@ -42,7 +41,7 @@ class Received(Reply):
         layer: str,
         tensor: Tensor,
         check: AnswerCheck | None,
-        named: Callable[[], AbstractContextManager[None]],
+        named: AbstractContextManager[None],
     ) -> None:
         self.shape = tensor.shape
         self._engine, self._link = engine, engine.links[worker]
@@ -53,7 +52,7 @@ class Received(Reply):
         """The answer, after its check, which reads a copy where it lay in shared memory."""
         check, self._check = self._check, None
         if check is not None:
-            with self._named(), self._engine.stats.timed("verify", self._name, self._layer):
+            with self._named, self._engine.stats.timed("verify", self._name, self._layer):
                 came, into = self._tensor, self._room()
                 try:
                     residual = check.judge(came, into)
@@ -72,7 +71,7 @@ class Received(Reply):
             unmask(self._tensor, watch=watch)
             if watch.seen:
                 self._check = None
-                with self._named(), self._engine.stats.timed("verify", self._name, self._layer):
+                with self._named, self._engine.stats.timed("verify", self._name, self._layer):
                     lengths = watch.lengths.add_(lost(watch.sums.dtype, watch.vectors.shape[1]))
                     self._judge(check.judge_sums(Sums(watch.sums, lengths), self._tensor.dtype))
                 return
@@ -82,7 +81,7 @@ class Received(Reply):
         """Names worker, layer and step."""
         engine = self._engine
         try:
-            with self._named():
+            with self._named:
                 raise engine.verifier.lie(str(self._link.address), engine.step, self._name, self._tensor, f"row {row}")
         except WorkerLiedError as error:
             return error

@@ -140,7 +140,7 @@ class SampleRun:
         # What `Received` needs of an engine: its answers do not lie in shared memory, and are all right.
         link = SimpleNamespace(address="here", buffers=Buffers(Segments(), shared=False, packs=False))
         engine: Any = SimpleNamespace(links=[link], stats=self._stats, verifier=Verifier("always"), step=0)
-        return Received(engine, 0, name, "", answer, check, nullcontext)
+        return Received(engine, 0, name, "", answer, check, nullcontext())
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
