@@ -233,22 +233,26 @@ class Link:
         if pending.exchange is not None:
             pending.exchange.size = size
         try:
-            self._send_notices()
-            self._channel.send(message, [] if self._shared else [raw(operand.tensor) for operand in pending.sent])
+            self._announce_segments()
+            payload = [] if self._shared else [raw(operand.tensor) for operand in pending.sent]
+            self._channel.send(message, payload, after=self._take_forgotten())
         except OSError as error:
             self._lose(self._broken(error))
 
-    def _send_notices(self) -> None:
-        """What must be known, or may be dropped, before the next request."""
+    def _announce_segments(self) -> None:
         for segment in self._segments.drain():
             try:
                 self._channel.send(Segment(segment.number, segment.size), descriptor=segment.fd)
             finally:
                 os.close(segment.fd)
+
+    def _take_forgotten(self) -> list[Forget]:
+        """What may be dropped before the next request."""
+        messages, fields = [], ("weights", "operands", "gradients")
         while self._forgotten:
             batch = [self._forgotten.popleft() for _ in range(min(len(self._forgotten), _FORGET_BATCH))]
-            fields = ("weights", "operands", "gradients")
-            self._channel.send(Forget(**{field: tuple(n for what, n in batch if what == field) for field in fields}))
+            messages.append(Forget(**{field: tuple(n for what, n in batch if what == field) for field in fields}))
+        return messages
 
     # --- receiving, on the link's own thread ---
 

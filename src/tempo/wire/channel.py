@@ -46,12 +46,17 @@ class Channel(Generic[M]):
         self._begin = self._end = 0  # what was read and not yet used
 
     def send(
-        self, message: ToWorker | ToTrusted, payload: Sequence[memoryview] = (), descriptor: int | None = None
+        self,
+        message: ToWorker | ToTrusted,
+        payload: Sequence[memoryview] = (),
+        descriptor: int | None = None,
+        *,
+        after: Sequence[ToWorker] = (),
     ) -> None:
-        """Send ``message``, then the bytes of its inline tensors in order."""
-        frame = memoryview(encode(message))
+        """Send ``message``, then the bytes of its inline tensors, in order; ``after`` others, at once with these."""
+        frames = [memoryview(encode(one)) for one in (*after, message)]
         with self._sending:
-            self.stream.write([frame, *payload], descriptor)
+            self.stream.write([*frames, *payload], descriptor)
 
     def receive(self, place: Place[M]) -> M:
         """Receive one message, and its inline tensors to where ``place`` says.
