@@ -1,6 +1,7 @@
 """Every primitive behind a mask, in one file.
 
 HKDF-SHA256 (RFC 5869) turns a run's secret into one AES-256 key per label; AES-CTR expands that key into a keystream.
+Its first half, extraction, does not depend on the label and is done once a run.
 Each key encrypts zeros once, from counter 0, so no (key, counter) pair ever repeats. Secret and nonce come from the
 operating system's CSPRNG in this process, at every start, resume and fork, and are never written anywhere.
 
@@ -10,6 +11,7 @@ a counter is drawn for *every* encoding, and none is ever reset or chosen by a c
 
 from __future__ import annotations
 
+import hmac
 import os
 import threading
 from collections import Counter
@@ -17,7 +19,7 @@ from collections import Counter
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from numpy.typing import NDArray
 
 from tempo.errors import UnsafeError
@@ -63,24 +65,28 @@ class Keystream:
                 return order.astype(np.int64)
 
 
+def root_of(secret: bytes, nonce: bytes) -> bytes:
+    """What the keys of a run are expanded from: HKDF's extraction, with the nonce as its salt."""
+    return hmac.digest(nonce, secret, "sha256")
+
+
 class Key:
     """The key of one label. `stream` names its independent uses (a mask per axis, say)."""
 
-    __slots__ = ("_nonce", "_secret", "label")
+    __slots__ = ("_root", "label")
 
-    def __init__(self, secret: bytes, nonce: bytes, label: str) -> None:
-        self._secret = secret
-        self._nonce = nonce
+    def __init__(self, root: bytes, label: str) -> None:
+        self._root = root
         self.label = label
 
     def stream(self, use: str) -> Keystream:
         """The keystream for one use of this key; the same use gives the same stream."""
         info = f"tempo/1/{self.label}/{use}".encode()
-        return Keystream(HKDF(SHA256(), 32, salt=self._nonce, info=info).derive(self._secret))
+        return Keystream(HKDFExpand(SHA256(), 32, info).derive(self._root))
 
     def branch(self, name: str) -> Key:
         """A key of its own for one part of what this one is for; the same name gives the same key."""
-        return Key(self._secret, self._nonce, f"{self.label}/{name}")
+        return Key(self._root, f"{self.label}/{name}")
 
     def __repr__(self) -> str:
         return f"Key({self.label})"
@@ -96,8 +102,7 @@ class KeySchedule:
     """
 
     def __init__(self, rank: int = 0) -> None:
-        self._secret = os.urandom(_SECRET_BYTES)
-        self._nonce = os.urandom(_SECRET_BYTES)
+        self._root = root_of(secret=os.urandom(_SECRET_BYTES), nonce=os.urandom(_SECRET_BYTES))
         self._rank = rank
         self._pid = os.getpid()
         self._calls: Counter[tuple[int, str]] = Counter()
@@ -113,7 +118,7 @@ class KeySchedule:
         with self._lock:
             call = self._calls[layer, role]
             self._calls[layer, role] = call + 1
-        return Key(self._secret, self._nonce, f"{self._rank}/{layer}/{role}/{call}/{attempt}")
+        return Key(self._root, f"{self._rank}/{layer}/{role}/{call}/{attempt}")
 
     def check_process(self) -> None:
         """Raise `UnsafeError` in a forked child."""

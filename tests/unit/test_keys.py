@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tempo.errors import UnsafeError
-from tempo.keys import Key, KeySchedule, Keystream
+from tempo.keys import Key, KeySchedule, Keystream, root_of
 
 
 def test_keystream_is_aes_ctr_from_counter_zero():
@@ -29,7 +29,7 @@ def test_keystream_is_aes_ctr_from_counter_zero():
 
 def test_hkdf_label_derivation_is_pinned():
     # A frozen vector: a change of derivation must be a decision, not an accident.
-    key = Key(bytes(range(32)), bytes(32), "0/7/x/3/0")
+    key = Key(root_of(secret=bytes(range(32)), nonce=bytes(32)), "0/7/x/3/0")
     assert key.stream("A").read(16).tobytes().hex() == "03c9a1ca444bcd5e3565ce0f6492e487"
 
 
@@ -128,7 +128,7 @@ def test_no_secret_in_representations():
     schedule = KeySchedule()
     key = schedule.fresh(3, "w")
     assert repr(key) == "Key(0/3/w/0/0)"
-    assert schedule._secret.hex() not in repr(schedule)
+    assert schedule._root.hex() not in repr(schedule)
 
 
 def test_a_branch_of_a_key_is_a_key_of_its_own():

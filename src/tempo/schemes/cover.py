@@ -40,6 +40,8 @@ MASK_MULTIPLICATIONS = 200
 """Masking or unmasking one element takes about as long as this many multiplications of a matrix product on the same
 core: 10 ns by ``benchmarks/mask_speed.py``, at 20 multiplications per nanosecond."""
 
+_NONE = torch.empty(0, dtype=torch.int64)
+
 _SAMPLE = 16
 """Elements looked at first: only what is zero in all of them can be zero throughout."""
 
@@ -71,6 +73,11 @@ class Cover:
         return len(self.rows) == self.real
 
     @property
+    def needless(self) -> bool:
+        """Whether nothing was zero, and nothing was filled in."""
+        return not (len(self.filled) or len(self.columns))
+
+    @property
     def shield(self) -> Tensor:
         """The rows that were appended."""
         return self.filled[len(self.rows) :]
@@ -78,8 +85,7 @@ class Cover:
 
 def uncovered(plain: Tensor) -> Cover:
     """The cover of an operand that is sent as it is."""
-    none = torch.empty(0, dtype=torch.int64)
-    return Cover(len(plain), none, none, plain[:0])
+    return Cover(len(plain), _NONE, _NONE, plain[:0])
 
 
 def cover(stream: Keystream, plain: Tensor, fillers: int = 0, shields: int = 0) -> tuple[Tensor, Cover]:

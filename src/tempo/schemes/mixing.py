@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tempo.errors import UnsafeError
-from tempo.keys import Key, Keystream
+from tempo.keys import Key
 from tempo.schemes import cloak, columns, cover
 from tempo.schemes.base import Empty, EncodedWeight, Problem, Target
 from tempo.schemes.masks import Mask, draw_blocks
@@ -183,10 +183,10 @@ class Mixing(SingleMaskScheme):
             return None
         return cloak.draw(key.stream("cloak"), problem.product, w, self.cloak_rank, self.cloak_strength)
 
-    def cover(self, stream: Keystream, plain: Tensor) -> tuple[Tensor, cover.Cover]:
+    def cover(self, key: Key, part: int, plain: Tensor) -> tuple[Tensor, cover.Cover]:
         """Fill dead rows and columns, add shield rows."""
-        shields = self.shield_rows
-        return cover.cover(stream, plain, self.rows_sent(len(plain)) - len(plain) - shields, shields)
+        fillers = self.rows_sent(len(plain)) - len(plain) - self.shield_rows
+        return cover.cover(key.stream(f"cover{part}"), plain, fillers, self.shield_rows)
 
     def encode_weight(
         self, problem: Problem, w: Tensor, key: Key, targets: Sequence[Target], empty: Empty

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tempo.errors import UnsafeError
-from tempo.keys import Key, Keystream
+from tempo.keys import Key
 from tempo.schemes.base import (
     Empty,
     EncodedGradient,
@@ -57,7 +57,7 @@ class SingleMaskScheme(Scheme):
         """Draw what is added to ``w`` before masking; None adds nothing."""
         return None
 
-    def cover(self, stream: Keystream, plain: Tensor) -> tuple[Tensor, Cover]:
+    def cover(self, key: Key, part: int, plain: Tensor) -> tuple[Tensor, Cover]:
         """Cover a part of ``X`` or ``G``; appends as many rows to either. By default it is sent as it is."""
         return plain, uncovered(plain)
 
@@ -207,7 +207,7 @@ class MaskedWeight(UpdatableWeight):
         masked = MaskedInput(self, tuple(x.shape), x.dtype)
         product = self.problem.product
         for number, (target, rows) in enumerate(divide(x.shape[0], targets)):
-            covered, cover = self.scheme.cover(key.stream(f"cover{number}"), x[rows])
+            covered, cover = self.scheme.cover(key, number, x[rows])
             L = self.scheme.row_mask(key, number, len(covered), work_dtype(x))
             masks = Masks(L, self.masks.A, self.masks.P)
             x_masked = empty(target.worker, tuple(covered.shape), self.problem.wire_dtype)
@@ -316,7 +316,7 @@ class MaskedInput(EncodedInput):
         totals: list[Tensor | None] = []
         for number, (worker, part) in enumerate(self.parts.items()):
             plain, tally = g[part.rows], (tallies or {}).get(worker)
-            covered, cover = weight.scheme.cover(key.stream(f"cover{number}"), plain)
+            covered, cover = weight.scheme.cover(key, number, plain)
             g_masked = empty(worker, tuple(covered.shape), weight.problem.wire_dtype)
             watch = None if self.cloak is None else self.cloak.watch_gradient(covered)
             # Of what is rounded on its way, or covered, the sum would be another.

@@ -15,7 +15,7 @@ from tempo.audit.knowledge import Knowledge
 from tempo.keys import Key
 from tempo.schemes.tempo import Tempo
 
-KEY = Key(b"s" * 32, b"n" * 32, "test")
+KEY = Key(b"s" * 32, "test")
 
 
 def measured(model=None, x=None, **fields):

@@ -91,7 +91,7 @@ def test_convolutions_with_dead_images_and_channels(data, scheme, operators, ima
 class Uncovered(Mix):
     """`mix` as it would be without: the control."""
 
-    def cover(self, stream, plain):
+    def cover(self, key, part, plain):
         return plain, cover.uncovered(plain)
 
 
