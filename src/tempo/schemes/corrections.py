@@ -85,6 +85,8 @@ class WeightGradient:
     def add(self, x: Cover, g: Cover, g_covered: Tensor, plain_x: Callable[[], Tensor]) -> None:
         """Note one worker's part: the covers of its ``X`` and ``G``, that ``G`` itself, and its plain ``X``."""
         self._columns.append((x, g))
+        if x.needless and g.needless:
+            return
         rows = torch.unique(torch.cat([x.rows, g.rows]))
         if len(rows) + len(x.shield) == 0:
             return
@@ -98,6 +100,8 @@ class WeightGradient:
 
     def complete(self, g: Tensor, plain_x: Callable[[], Tensor]) -> None:
         """When all parts are known: columns dead in all of them have no gradient; others are computed here."""
+        if all(cover.needless for pair in self._columns for cover in pair):
+            return
         product, groups = self._product, _groups(self._product)
         inputs, outputs = self._shape[1], self._shape[0] // groups
         everywhere, partly = _dead_in_parts([x for x, _ in self._columns], inputs * groups)

@@ -91,8 +91,8 @@ class Mask:
             back, scale = inverse_index(gather.index), gather.scale
             reciprocal = None if scale is None else scale.reciprocal()
             dual.append(Gather(gather.index, reciprocal))
-            inverse.insert(0, Gather(back, None if reciprocal is None else reciprocal[back.long()]))
-            transpose.insert(0, Gather(back, None if scale is None else scale[back.long()]))
+            inverse.insert(0, Gather(back, None if reciprocal is None else reciprocal.index_select(0, back)))
+            transpose.insert(0, Gather(back, None if scale is None else scale.index_select(0, back)))
         return {
             Form.PLAIN: self.gathers,
             Form.DUAL: tuple(dual),

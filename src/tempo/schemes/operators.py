@@ -57,9 +57,7 @@ class Operator:
 
 def inverse_index(index: Tensor) -> Tensor:
     """The permutation that undoes ``index``."""
-    back = torch.empty_like(index)
-    back[index.long()] = torch.arange(len(index), dtype=index.dtype)
-    return back
+    return torch.empty_like(index).scatter_(0, index.long(), torch.arange(len(index), dtype=index.dtype))
 
 
 def work_dtype(x: Tensor) -> torch.dtype:

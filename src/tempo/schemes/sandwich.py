@@ -192,11 +192,11 @@ def _arrays(operator: Operator | None) -> tuple[list[Tensor], Tensor | None, lis
     """An operator as the kernel takes it."""
     if operator is None:
         return None
-    single = operator.to(torch.float32)
+    scale = operator.gathers[0].scale
     return (
-        [gather.index for gather in single.gathers],
-        single.gathers[0].scale,
-        [list(blocks.batches) for blocks in single.blocks],
+        [gather.index for gather in operator.gathers],
+        None if scale is None else scale.to(torch.float32),
+        [[batch.to(torch.float32) for batch in blocks.batches] for blocks in operator.blocks],
     )
 
 

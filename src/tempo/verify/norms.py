@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ def lengths(t: Tensor, dim: int) -> Tensor:
     return found.double().add_(lost(t.dtype, t.shape[dim]))
 
 
+@cache
 def lost(dtype: torch.dtype, count: int) -> float:
     """Length that ``count`` elements can have although their squares all vanish in ``dtype``."""
     return float((count * torch.finfo(dtype).tiny) ** 0.5)
