@@ -19,6 +19,7 @@ from functools import partial
 from math import inf, isfinite, prod
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -294,20 +295,11 @@ def _judge(
     return _compare(expected, read.sums(lengths=True), scale, rounding, drifted)
 
 
-def _place(number: int, shape: torch.Size) -> tuple[int, ...]:
-    """The indices of element ``number``."""
-    place: list[int] = []
-    for size in reversed(shape):
-        number, index = divmod(number, size)
-        place.insert(0, index)
-    return tuple(place)
-
-
 def _compare(expected: Tensor, found: Sums, scale: Tensor, rounding: Rounding, drifted: Tensor | None) -> Residual:
     residual = (found.sums - expected).double().square_().sum(-2).sqrt_()
     if residual.numel() == 0:
         return Residual()
-    tolerance = threshold(expected.shape[-2]) * rounding.error_norm(scale, found.lengths, drifted)
+    tolerance = rounding.error_norm(scale, found.lengths, drifted).mul_(threshold(expected.shape[-2]))
     ratio = residual / tolerance
     unchecked = 0
     if not isfinite(float(residual.sum()) + float(tolerance.sum())):
@@ -317,12 +309,6 @@ def _compare(expected: Tensor, found: Sums, scale: Tensor, rounding: Rounding, d
         free = lost & ~(scale < limit)
         unchecked = int(free.sum())
         ratio = ratio.masked_fill_(lost, inf).masked_fill_(free, 0.0)
-    worst = int(ratio.argmax())
-    return Residual(
-        float(ratio.view(-1)[worst]),
-        _place(worst, ratio.shape),
-        float(residual.view(-1)[worst]),
-        float(tolerance.expand_as(ratio).reshape(-1)[worst]),
-        residual.numel(),
-        unchecked,
-    )
+    row = tuple(map(int, np.unravel_index(int(ratio.argmax()), ratio.shape)))
+    worst, off, allowed = (float(values.numpy()[row]) for values in (ratio, residual, tolerance.expand_as(ratio)))
+    return Residual(worst, row, off, allowed, residual.numel(), unchecked)

@@ -115,5 +115,8 @@ class Rounding:
         steps = 2 * (self.inner + self.width) + 1
         rounded = through.eps / 2 if self.through != self.work else 0.0
         lost = sqrt(self.width) * (steps * work.tiny + through.smallest_normal * through.eps / 2)
-        error = torch.hypot(sqrt(steps) * u * scale, rounded * answer) + (self.inner * u / 2 * answer + lost)
+        error = scale * (sqrt(steps) * u)
+        if rounded:
+            error = torch.hypot(error, rounded * answer)
+        error = torch.add(error, answer, alpha=self.inner * u / 2).add_(lost)
         return error if drifted is None else torch.hypot(error, drifted)
