@@ -137,20 +137,20 @@ def floats(*shape: int) -> np.ndarray:
 def permuted(size: int, gathers: int = 1) -> tuple[Any, ...]:
     """An operator that permutes and scales."""
     order = [np.random.default_rng(i).permutation(size).astype(np.int32) for i in range(gathers)]
-    return order, floats(size) if gathers == 1 else None, []
+    return order, floats(size) if gathers == 1 else None, [], 1
 
 
 def blocks(size: int, side: int, rounds: int = 1) -> tuple[Any, ...]:
     """An operator that permutes and multiplies blocks, so many times."""
-    order, _, _ = permuted(size, rounds + 1)
-    return order, None, [[floats(size // side, side, side)] for _ in range(rounds)]
+    order, *_ = permuted(size, rounds + 1)
+    return order, None, [[floats(size // side, side, side)] for _ in range(rounds)], 1
 
 
 def sandwich(x: Any, y: Any, rows: Any, columns: Any, watch: Any = None, plus: Any = None, tally: Any = None) -> Call:
     """A mask from ``x`` to ``y``; ``watch`` is what `Watch` has, ``tally`` what `Tally`, ``plus`` two factors."""
     from tempo import _kernels as native
 
-    return native.sandwich, (x[None], rows, columns, [y[None]], 0, [None], watch, plus, tally)
+    return native.sandwich, (x, rows, columns, [y], 0, [None], watch, plus, tally)
 
 
 SEED = bytes(32)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-_Operator = tuple[list[Tensor], Tensor | None, list[list[Tensor]]]
-"""Gathers (int32), scales (float32), and for every round its batches of blocks (float32)."""
+_Operator = tuple[list[Tensor], Tensor | None, list[list[Tensor]], int]
+"""Gathers (int32), scales (float32), for every round its batches of blocks (float32); how many elements move as one."""
 
 def supported() -> list[str]: ...
 def selected() -> str: ...

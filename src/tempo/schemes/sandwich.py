@@ -47,9 +47,10 @@ def sandwich(
         outs: Where to write: consecutive pieces of the result along ``axis``.
         axis: 0 or 1.
         biases: What to add to every row of each piece, one number for each of its columns; None: nothing.
-        watch: What to sum of the rows of ``x``, which then is read once, if it is ``seen``; only of matrices.
+        watch: What to sum of the rows of ``x``, which then is read once, if it is ``seen``. Rows of maps are
+            pixels, one image after the other.
         plus: What to add to the result; only of matrices, with pieces along axis 1.
-        tally: What to sum of the result, where the kernels can: of one matrix, nothing added.
+        tally: What to sum of the result, likewise, where the kernels can: of one piece, nothing added.
     """
     if all(out.numel() == 0 for out in outs):
         return
@@ -96,25 +97,28 @@ def _in_kernel(
     watch: Watch | None,
     plus: LowRank | None = None,
     tally: Tally | None = None,
+    plane: int = 1,
 ) -> bool:
-    """Have the native kernel do it, where it can: matrices, or channels that lie side by side in memory."""
-    if columns is not None and columns.size != x.shape[1]:
+    """Have the native kernel do it, where it can: matrices, or channels that lie side by side in memory.
+
+    Pixels of maps are as many rows of one matrix, and move with their image; as ``plane`` columns move together.
+    """
+    if columns is not None and columns.size * plane != x.shape[1]:
         return False
     tensors = [x, *outs]
     if any(t.dtype not in kernels.DTYPES or not t.is_cpu for t in tensors):
         return False
-    batches = [_batch(t) for t in tensors]
-    found = [batch for batch in batches if batch is not None]
-    if len(found) < len(batches):
+    found = [matrix for t in tensors if (matrix := _matrix(t)) is not None]
+    if len(found) < len(tensors):
         return False
     numbers = [None if bias is None else bias.detach().to(torch.float32).contiguous() for bias in biases]
     watched = None if watch is None else (watch.vectors, watch.sums, watch.lengths)
     factors = () if plus is None else (plus.low, plus.up)
     added = tuple(factor.detach().to(torch.float32).contiguous() for factor in factors) or None
-    if plus is not None or x.dim() > 2:
+    if plus is not None:
         tally = None
-    tallied = None if tally is None else _room(tally, len(x))
-    operators = _arrays(rows), _arrays(columns)
+    tallied = None if tally is None else _room(tally, len(found[0]))
+    operators = _arrays(rows, prod(x.shape[2:])), _arrays(columns, plane)
     seen, made = native.sandwich(found[0], *operators, found[1:], axis, numbers, watched, added, tallied)
     if watch is not None:
         watch.seen = seen
@@ -134,20 +138,18 @@ def _planes_in_kernel(
     biases: Sequence[Tensor | None],
 ) -> bool:
     """Have the native kernel do it where channels lie first: weights of kernels, and maps in PyTorch's usual order."""
-    if x.dim() == 2 or (rows is None and columns is None) or any(t.dtype not in kernels.DTYPES for t in (x, *outs)):
+    if x.dim() == 2 or (rows is None and columns is None):
         return False
     if columns is not None and columns.size != x.shape[1]:
         return False
-    positions = prod(x.shape[2:])
-    if columns is None or not columns.blocks:
+    plane = prod(x.shape[2:])
+    if x[0].numel() <= _WIDEST and all(out.is_contiguous() for out in outs):
         # Elements of a plane move together: a matrix with as many columns for every one of ``x``.
-        if x[0].numel() > _WIDEST or not all(out.is_contiguous() for out in outs):
-            return False
-        if columns is not None:
-            columns = Operator((_of_planes(columns.gathers[0], positions),))
-        many = [None if bias is None else bias.repeat_interleave(positions) for bias in biases]
+        many = [None if bias is None else bias.repeat_interleave(plane) for bias in biases]
         matrices = [out.view(len(out), -1) for out in outs]
-        return _in_kernel(native, x.reshape(len(x), -1), rows, columns, matrices, axis, many, None)
+        return _in_kernel(native, x.reshape(len(x), -1), rows, columns, matrices, axis, many, watch=None, plane=plane)
+    if columns is None or not columns.blocks:
+        return False
     turned = [torch.empty((len(out), *out.shape[2:], out.shape[1]), dtype=out.dtype).movedim(-1, 1) for out in outs]
     if not _in_kernel(native, x.movedim(1, -1).contiguous().movedim(-1, 1), rows, columns, turned, axis, biases, None):
         return False
@@ -157,7 +159,7 @@ def _planes_in_kernel(
 
 
 def _of_planes(gather: Gather, positions: int) -> Gather:
-    """``gather`` where every column is a plane of so many elements."""
+    """``gather`` where every element is a plane of so many."""
     index = gather.index.unsqueeze(1) * positions + torch.arange(positions, dtype=gather.index.dtype)
     scale = None if gather.scale is None else gather.scale.repeat_interleave(positions)
     return Gather(index.view(-1), scale)
@@ -177,19 +179,17 @@ def _room(tally: Tally, rows: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor
     return of_rows.vectors, of_rows.sums, of_rows.lengths, of_columns
 
 
-def _batch(t: Tensor) -> Tensor | None:
-    """``t`` as positions × rows × columns with columns side by side in memory, without a copy; else None."""
+def _matrix(t: Tensor) -> Tensor | None:
+    """``t`` as rows × columns with columns side by side in memory, pixels as rows, without a copy; else None."""
     t = t.detach()
     if t.dim() == 2:
-        return t.unsqueeze(0) if t.stride(1) == 1 or t.shape[1] == 1 else None
-    rows = t.movedim(1, -1)
-    if not rows.is_contiguous():
-        return None
-    return rows.reshape(len(t), -1, t.shape[1]).transpose(0, 1)
+        return t if t.stride(1) == 1 or t.shape[1] == 1 else None
+    pixels = t.movedim(1, -1)
+    return pixels.view(-1, t.shape[1]) if pixels.is_contiguous() else None
 
 
-def _arrays(operator: Operator | None) -> tuple[list[Tensor], Tensor | None, list[list[Tensor]]] | None:
-    """An operator as the kernel takes it."""
+def _arrays(operator: Operator | None, run: int) -> tuple[list[Tensor], Tensor | None, list[list[Tensor]], int] | None:
+    """An operator as the kernel takes it, where runs of so many elements move together."""
     if operator is None:
         return None
     scale = operator.gathers[0].scale
@@ -197,6 +197,7 @@ def _arrays(operator: Operator | None) -> tuple[list[Tensor], Tensor | None, lis
         [gather.index for gather in operator.gathers],
         None if scale is None else scale.to(torch.float32),
         [[batch.to(torch.float32) for batch in blocks.batches] for blocks in operator.blocks],
+        run,
     )
 
 

@@ -183,17 +183,21 @@ def test_what_is_not_an_operator_is_refused():
     native = kernels.native()
     if native is None:
         pytest.skip("no native kernels are installed")
-    x, out = torch.randn(1, 4, 3), torch.empty(1, 4, 3)
+    x, out = torch.randn(4, 3), torch.empty(4, 3)
     fine = torch.arange(4, dtype=torch.int32)
     for rows in (
-        ([torch.tensor([0, 1, 2, 4], dtype=torch.int32)], None, []),
-        ([torch.tensor([0, 1, 2, -1], dtype=torch.int32)], None, []),
-        ([torch.tensor([0, 1, 1, 2], dtype=torch.int32)], None, []),
-        ([fine[:3]], None, []),
-        ([fine], torch.ones(3), []),
-        ([fine], None, [[torch.ones(1, 4, 4)]]),
-        ([fine, fine], None, [[torch.ones(1, 3, 3)]]),
-        ([fine, fine], None, [[torch.ones(1, 4, 3)]]),
+        ([torch.tensor([0, 1, 2, 4], dtype=torch.int32)], None, [], 1),
+        ([torch.tensor([0, 1, 2, -1], dtype=torch.int32)], None, [], 1),
+        ([torch.tensor([0, 1, 1, 2], dtype=torch.int32)], None, [], 1),
+        ([fine[:3]], None, [], 1),
+        ([fine], torch.ones(3), [], 1),
+        ([fine], None, [[torch.ones(1, 4, 4)]], 1),
+        ([fine, fine], None, [[torch.ones(1, 3, 3)]], 1),
+        ([fine, fine], None, [[torch.ones(1, 4, 3)]], 1),
+        ([fine], None, [], 2),
+        ([fine[:2]], None, [], 1),
+        ([fine[:1]], None, [], 3),
+        ([fine[:0]], None, [], 0),
     ):
         with pytest.raises(ValueError):
             native.sandwich(x, rows, None, [out], 1, [None])
@@ -204,6 +208,6 @@ def test_what_is_not_an_operator_is_refused():
     ):
         with pytest.raises(ValueError):
             native.sandwich(x, None, None, [out], 1, [None], None, plus)
-    for outs, axis in (([out[:, :3]], 1), ([out[:, :, :2]], 1), ([out, out], 0), ([], 1), ([out.expand(2, 4, 3)], 1)):
+    for outs, axis in (([out[:3]], 1), ([out[:, :2]], 1), ([out, out], 0), ([], 1), ([out.expand(2, 4, 3)], 1)):
         with pytest.raises(ValueError):
             native.sandwich(x, None, None, outs, axis, [None] * len(outs))
