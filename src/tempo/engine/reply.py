@@ -67,7 +67,7 @@ class Received(Reply):
         """Where the kernels can sum what they read, where it lies; else the answer after its check."""
         check = self._check
         if check is not None and check.vectors is not None and check.judge_sums is not None and self._watchable():
-            watch = Watch.of(check.vectors, len(self._tensor))
+            watch = Watch.of(check.vectors, self._tensor.numel() // self._tensor.shape[1])
             unmask(self._tensor, watch=watch)
             if watch.seen:
                 self._check = None

@@ -24,7 +24,7 @@ MOST_WEIGHTS: Final = 8
 
 @dataclass(slots=True)
 class Watch:
-    """Sums of the rows of a matrix (T, d), made by what reads it, of what it read.
+    """Sums of the rows of a matrix (T, d), or of maps' pixels, made by what reads it, of what it read.
 
     Attributes:
         vectors: What rows are summed with, (k, d), float32.
@@ -46,7 +46,7 @@ class Watch:
 
 @dataclass(slots=True)
 class Tally:
-    """Sums of a masked matrix (T, d), made by what writes it, of what was written: for who checks what becomes of it.
+    """Sums of a masked matrix (T, d), or of maps' pixels, made by what writes it: for who checks what becomes of it.
 
     Attributes:
         vectors: What to sum rows with, (k, d), float32.

@@ -42,7 +42,8 @@ class Residual:
 
     Attributes:
         ratio: Residual over tolerance; infinite where the answer is not finite although it has to be.
-        row: That row: (row) of a matrix, (image, group, pixel) of a convolution, (group, feature) of its ``dw``.
+        row: That row: (row) of a matrix, (group, pixel of all images) of a convolution, (group, feature) of its
+            ``dw``.
         residual: Length of the differences of the row's sums.
         tolerance: What it may be.
         rows: Rows in the answer.

@@ -2,7 +2,7 @@
 
 Each form reads a tensor once, in pieces that stay in the cache, converted there where they are of half precision. Sums
 with ``k`` vectors have those on the axis before the last. What is left, in order, are the rows: of matrices (T), of
-convolutions (N, groups, pixels); of weights the output features, (m) and (groups, m/groups).
+convolutions (groups, pixels of all images); of weights the output features, (m) and (groups, m/groups).
 """
 
 from __future__ import annotations
@@ -190,14 +190,27 @@ class Convolutions(Form):
         kernel: Tensor = z.unflatten(2, w[1:]).movedim((1, 2), (-2, -1))
         return kernel
 
+    def summed_with(self, vectors: Tensor) -> Tensor | None:
+        """If the kernels can: channels of one group that lie side by side."""
+        fits = self._native() and vectors.shape[1] <= MOST_WATCHED
+        return vectors[0] if fits else None
+
+    def tally(self, kernels: list[Tensor], q: Tensor | None = None) -> Tally | None:
+        """Of lengths and columns: for sums with the vectors of every tap, a product of matrices is faster."""
+        if not self._native():
+            return None
+        return Tally(kernels[0].new_empty(0, kernels[0].shape[-1]), None if q is None else q[0].contiguous())
+
     def inputs(
         self, x: Tensor, kernels: list[Tensor], tally: Tally | None = None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Sums (N, groups, k, pixels of ``y``)."""
-        kernel = torch.cat(kernels, -2)
-        sums, squares = self._over_taps(x, kernel, partial(push, self.product))
-        length = squares.sum((0, 2)).sqrt_().unsqueeze_(1)
-        return list(sums.split([k.shape[-2] for k in kernels], 2)), self._longest(squares, kernel), length
+        """Sums (groups, k, pixels of ``y``)."""
+        pixels, kernel = self._pixels(x), torch.cat(kernels, -2)
+        made = tallied(tally, pixels[0])
+        lengths = None if made is None else [made[0].lengths]
+        sums, squares = self._over_taps(pixels, x.shape, kernel, lengths, partial(push, self.product))
+        length = squares.sum((1, 2)).sqrt_().unsqueeze_(1)
+        return list(sums.split([k.shape[-2] for k in kernels], 1)), self._longest(squares, kernel), length
 
     def gradients(
         self,
@@ -207,30 +220,27 @@ class Convolutions(Form):
         x: tuple[int, ...],
         tally: Tally | None = None,
     ) -> tuple[Sums | None, Sums | None]:
-        """Sums (N, groups, k, pixels of ``x``) and (groups, k, m/groups)."""
-        columns, rows = None, None
-        if q is not None:
-            by_group = q.permute(1, 2, 0, 3).flatten(2).contiguous()
-            none = by_group.new_empty(0, g.shape[1] // self.groups)
-            columns = _stacked(
-                [of_both(pixels, none, q)[1] for pixels, q in zip(self._pixels(g), by_group, strict=True)]
-            )
+        """Sums (groups, k, pixels of ``x``) and (groups, k, m/groups)."""
+        columns, rows, pixels = None, None, self._pixels(g)
+        made = tallied(tally, pixels[0])
+        if made is not None and made[1] is not None:
+            columns = _stacked([made[1]])
+        elif q is not None:
+            none = q.new_empty(0, g.shape[1] // self.groups)
+            columns = _stacked([of_both(of, none, vectors)[1] for of, vectors in zip(pixels, q, strict=True)])
         if kernel is not None:
-            sums, squares = self._over_taps(g, kernel, partial(pull, self.product, inputs=x[2:]))
+            lengths = None if made is None else [made[0].lengths]
+            sums, squares = self._over_taps(pixels, g.shape, kernel, lengths, partial(pull, self.product, inputs=x[2:]))
             rows = Sums(sums, self._longest(squares, kernel))
         return rows, columns
 
     def rows(self, answer: Tensor, into: Tensor | None, vectors: Tensor, *, lengths: bool) -> Sums:
-        """Sums (N, groups, k, pixels)."""
+        """Sums (groups, k, pixels)."""
         if into is not None and (self.groups > 1 or not into.movedim(1, -1).is_contiguous()):
             answer, into = into.copy_(answer), None
         copies = [None] * self.groups if into is None else self._pixels(into)
         read = zip(self._pixels(answer), copies, vectors, strict=True)
-        found = _stacked([of_rows(pixels, v, lengths=lengths, into=copy) for pixels, copy, v in read])
-        pixels = (len(answer), prod(answer.shape[2:]))
-        return Sums(
-            found.sums.unflatten(2, pixels).permute(2, 0, 1, 3), found.lengths.unflatten(1, pixels).movedim(1, 0)
-        )
+        return _stacked([of_rows(pixels, v, lengths=lengths, into=copy) for pixels, copy, v in read])
 
     def features(self, dw: Tensor, into: Tensor | None, z: Tensor, *, lengths: bool) -> Sums:
         """Sums (groups, k, m/groups)."""
@@ -247,25 +257,46 @@ class Convolutions(Form):
         pixels = t.movedim(1, -1).reshape(t.numel() // max(1, t.shape[1]), t.shape[1])
         return list(pixels.split(t.shape[1] // self.groups, 1))
 
-    def _over_taps(self, t: Tensor, kernel: Tensor, add: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Sums (N, groups, k, pixels) of ``t`` with ``kernel``, and squared lengths (N, groups, pixels) of what it
+    def _native(self) -> bool:
+        """Whether the kernels can sum maps while they read or write them."""
+        return self.groups == 1 and self.product.channels_last and self.work == torch.float32
+
+    def _over_taps(
+        self,
+        pixels: list[Tensor],
+        shape: tuple[int, ...],
+        kernel: Tensor,
+        lengths: list[Tensor] | None,
+        add: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Sums (groups, k, pixels) with ``kernel``, and squared lengths (groups, N, pixels of an image) of what it
         covers; ``add`` adds up over taps.
+
+        Args:
+            pixels: Of each group.
+            shape: Of the maps.
+            kernel: The vectors of every tap.
+            lengths: Of each group's pixels, where they are known.
+            add: `push` or `pull`.
         """
-        taps, maps = kernel.shape[1:-2], (len(t), *t.shape[2:])
+        taps, maps = kernel.shape[1:-2], (shape[0], *shape[2:])
+        if lengths is None:
+            lengths = [of_rows(of, kernel.new_empty(0, of.shape[1])).lengths for of in pixels]
         sums, squares = [], []
-        for pixels, vectors in zip(self._pixels(t), kernel.flatten(1, -2), strict=True):
-            # So many vectors make it a product like any other, for which PyTorch's is faster.
-            of_taps = torch.cat([vectors @ piece.t() for _, piece in pieces(pixels, self.work)], 1)
-            lengths = of_rows(pixels, vectors[:0]).lengths
-            sums.append(add(of_taps.unflatten(1, maps).unflatten(0, kernel.shape[1:-1])))
-            squares.append(add(lengths.square().expand(*taps, 1, -1).unflatten(-1, maps)))
-        return torch.stack(sums).flatten(3).permute(2, 0, 1, 3), torch.cat(squares).flatten(2).movedim(1, 0)
+        for of, vectors, length in zip(pixels, kernel.flatten(1, -2), lengths, strict=True):
+            of_taps = vectors.new_empty(len(vectors), len(of))
+            for start, piece in pieces(of, self.work):
+                # So many vectors make it a product like any other, for which PyTorch's is faster.
+                torch.mm(vectors, piece.t(), out=of_taps[:, start : start + len(piece)])
+            sums.append(add(of_taps.unflatten(1, maps).unflatten(0, kernel.shape[1:-1])).flatten(1))
+            squares.append(add(length.square().expand(*taps, 1, -1).unflatten(-1, maps))[0].flatten(1))
+        return torch.stack(sums), torch.stack(squares)
 
     def _longest(self, squares: Tensor, kernel: Tensor) -> Tensor:
         """Lengths of pixels; where a kernel has several taps, of the longest in each image and group."""
         if prod(kernel.shape[1:-2]) > 1 and squares.shape[2]:
-            squares = squares.amax(2, keepdim=True)
-        return squares.sqrt()
+            squares = squares.amax(2, keepdim=True).expand_as(squares)
+        return squares.flatten(1).sqrt()
 
 
 def _stacked(found: list[Sums]) -> Sums:

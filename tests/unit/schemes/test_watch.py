@@ -111,3 +111,28 @@ def test_what_cannot_be_summed_while_it_is_written_is_left_to_others(spoiled, ki
         tally, _ = tallied(kind, x, torch.float32, 4, 4)
     assert tally.rows is None
     assert tally.columns is None
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_of_maps_are_rows(kind, name):
+    masks = Masks(L=mask(kind, 12), A=mask(kind, 20), P=mask(kind, 20))
+    x = torch.randn(12, 20, 3, 5).contiguous(memory_format=torch.channels_last)
+    tally = Tally(torch.randn(4, 20), torch.randn(4, 180))
+    watch, nothing = Watch.of(torch.randn(4, 20), 180), Tally(torch.empty(0, 20))
+    with kernels.using(name):
+        sent, back = torch.empty_like(x), torch.empty_like(x)
+        masks.encode("x", x, sent, tally=tally)
+        masks.encode("x", x, sent, tally=nothing)
+        masks.decode("y", x, [back], watch=watch)
+    assert tally.rows is not None
+    assert tally.columns is not None
+    assert nothing.rows is not None
+    assert watch.seen
+    for sums, maps in ((watch, x), (tally.rows, sent), (nothing.rows, sent)):
+        pixels = maps.movedim(1, -1).reshape(180, 20)
+        torch.testing.assert_close(sums.sums, sums.vectors @ pixels.t(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sums.lengths, pixels.double().norm(dim=1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        tally.columns[0], tally.weights @ sent.movedim(1, -1).reshape(180, 20), rtol=1e-4, atol=1e-4
+    )
