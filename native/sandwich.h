@@ -32,6 +32,19 @@ struct Lines {
     float *at(int lane) const { return data + (lane / kLine) * panel + lane % kLine; }
 };
 
+// Rows of the source that are read next. They are fetched into the second-level cache a line at a time, between what is
+// computed and written meanwhile: they lie anywhere, so the processor cannot foresee them.
+struct NextRows {
+    const char *data = nullptr;
+    int64_t stride = 0;  // in bytes
+    int element = 0;     // in bytes
+    const int32_t *rows = nullptr;
+    int count = 0;
+    [[gnu::always_inline]] void fetch(int row, int column) const {  // else GCC finds no effect, and drops calls
+        if (row < count) __builtin_prefetch(data + rows[row] * stride + int64_t(column) * element, 0, 2);
+    }
+};
+
 inline int rounded(int rows, int to) { return (rows + to - 1) / to * to; }
 
 // --- in: line i of a panel becomes column i of `rows`, of which `used` count ---
@@ -68,8 +81,6 @@ void read_chunk(const T *x, int64_t stride, int first, int width, const Tile &ti
     for (int i = 0; i < tile.rows; ++i, chunk += kChunk) {
         const T *row = x + tile.from[i] * stride + first;
         int column = 0;
-        // While this chunk is mixed, the next one comes from memory: too many rows for the processor to foresee.
-        for (int ahead = 0; ahead < kChunk; ahead += 64 / int(sizeof(T))) __builtin_prefetch(row + kChunk + ahead);
         for (; column + kLanes <= width; column += kLanes) store(chunk + column, load(row + column));
         for (; column < width; ++column) chunk[column] = widen(row[column]);
     }
@@ -100,13 +111,15 @@ inline void by_two_vectors(int lanes, const F &f) {
     if (lane < lanes) f(std::integral_constant<int, 1>{}, lane);
 }
 
-// A block of rows, on a chunk.
-inline void mix_rows(const Block &block, const float *from, float *to, int width) {
+// A block of rows, on a chunk, while the next one is fetched.
+inline void mix_rows(const Block &block, const float *from, float *to, int width, const NextRows &next) {
     by_two_vectors(rounded(width, kLanes), [&](auto vectors, int column) {
         by_six(block.side, [&](auto outputs, int output) {
             constexpr int kVectors = decltype(vectors)::value, kOutputs = decltype(outputs)::value;
             Vector total[kOutputs][kVectors] = {};
             const float *row = from + column, *weights = block.values + output * block.to;
+            for (int o = 0; o < kOutputs; ++o)  // each group of outputs its share of the rows
+                for (int at = 0; at < kVectors * kLanes; at += kLine) next.fetch(output + o, column + at);
             for (int k = 0; k < block.side; ++k, row += kChunk, weights += block.from) {
                 Vector x[kVectors];
                 for (int v = 0; v < kVectors; ++v) x[v] = load(row + v * kLanes);
@@ -153,7 +166,7 @@ inline void mix_columns(const Block &block, const int32_t *index, const Lines &f
 template <typename T>
 void write_tile(const Lines &lines, const Tile &tile, const Operator *columns, const Piece &piece, const Addend &plus,
                 Tally *tally, const float *packed, int64_t of_right, int64_t batch, const float *row_scale,
-                bool past_caches) {
+                const NextRows &next, bool past_caches) {
     const int32_t *index = columns ? columns->gathers[columns->rounds] + piece.column : nullptr;
     const float *column_scale = columns && columns->scale ? columns->scale + piece.column : nullptr;
     T *out = static_cast<T *>(piece.to.data) + batch * piece.to.batch_stride;
@@ -218,6 +231,7 @@ void write_tile(const Lines &lines, const Tile &tile, const Operator *columns, c
                         tally_columns(v[part], weights[0] + lane, tally->weights,
                                       tally->recent + column + part * kLanes, padded(width));
                     }
+                for (int i = lane; piece.row == 0 && i < lane + kLanes; ++i) next.fetch(i, int(piece.column) + column);
                 // Whole cache lines at a time, or streaming would be slower than not.
                 for (int i = 0; i < kLanes; ++i)
                     if (all || rows[lane + i])
@@ -282,11 +296,15 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
     float *of_tally = tally ? scratch(8, size_t(tally->rows.vectors) * width) : nullptr;
     if (tally) pack(tally->rows, width, false, of_tally);
 
+    const int element = x.half ? sizeof(uint16_t) : sizeof(float);
+    const int64_t offset = batch * x.batch_stride;
+    const char *source = static_cast<const char *>(x.data) + offset * element;
     for (int t = 0; t < tiles; ++t) {
         const int start = mixes ? rows->blocks[round][t].start : t * height;
         const int side = mixes ? rows->blocks[round][t].side : least(height, total - start);
         const Tile tile{side, rounded(side, kLanes), from + start, to + start};
-        const int64_t offset = batch * x.batch_stride;
+        const NextRows below{source, x.row_stride * element, element, tile.from + side,
+                             least(side, total - start - side)};
         if (!mixes && x.half) read_tile(static_cast<const uint16_t *>(x.data) + offset, x.row_stride, width, tile, lines);
         if (!mixes && !x.half) read_tile(static_cast<const float *>(x.data) + offset, x.row_stride, width, tile, lines);
         if (watch && !mixes)
@@ -312,7 +330,9 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
                     watch_chunk<K>(chunk, side, kChunk, some, packed + first * padded(width) + column * K, kinds,
                                    totals + line * kLanes);
                 });
-            mix_rows(rows->blocks[round][t], chunk, mixed, some);
+            const NextRows beside{source + (column + kChunk) * element, below.stride, element, tile.from, side};
+            const NextRows &next = column + kChunk < width ? beside : below;
+            mix_rows(rows->blocks[round][t], chunk, mixed, some, next);
             const Lines here{lines.data + column * kLine, lines.panel};
             read_tile(mixed, kChunk, some, Tile{side, tile.lanes, numbers, nullptr}, here);
         }
@@ -335,14 +355,15 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
                 from = to, to = kept;
             }
             const float *scale = scales ? scales + start + lane : nullptr;
+            const NextRows next = mixes ? NextRows{} : below;
             for (int p = 0; p < count; ++p) {
                 const bool past_caches = worth_streaming(pieces[p]);
                 if (pieces[p].to.half)
                     write_tile<uint16_t>(from, part, columns, pieces[p], plus, tally, of_tally, width, batch, scale,
-                                         false);
+                                         next, false);
                 else
                     write_tile<float>(from, part, columns, pieces[p], plus, tally, of_tally, width, batch, scale,
-                                      past_caches);
+                                      next, past_caches);
             }
             if (tally && tally->weights) tally->since += real, settle(*tally, width, kFlush);
         }
