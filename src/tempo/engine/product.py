@@ -22,6 +22,8 @@ from tempo.engine.stored import StoredWeight
 from tempo.engine.update_cost import update_cost
 from tempo.errors import NonFiniteError, UnsafeError, WorkerError
 from tempo.schemes.base import Operand, Problem, Recall, Scheme, Tallies, Target
+from tempo.schemes.reply import Tally
+from tempo.verify.checks import WeightCheck
 from tempo.wire.layout import meant, sent_shape
 from tempo.wire.messages import Linear
 from tempo.wire.messages import Product as ProductKind
@@ -270,8 +272,14 @@ class Product:
             as_it_is = all(one is source for one, source in zip(weights, sources, strict=True))
             if not (as_it_is and fingerprint and all(one.finite for one in fingerprint)):
                 self.check_finite(w, "weight")
+            begun: dict[int, tuple[WeightCheck, Tally]] = {}
             encoded = self.scheme.encode_weight(
-                self.problem(w.dtype), w, engine.keys.fresh(self.number, "w"), targets, engine.empty
+                self.problem(w.dtype),
+                w,
+                engine.keys.fresh(self.number, "w"),
+                targets,
+                engine.empty,
+                partial(engine.verifier.tally_of_weight, self, begun),
             )
         engine.stats.encryptions["w"] += 1
         if not again:
@@ -282,6 +290,7 @@ class Product:
             encoded,
             targets,
             weights[0].dtype,
+            {} if self.scheme.traits.exact else engine.verifier.weights(self, encoded.operands, begun),
             public=[len(source) for source in sources] if public else (),
             sendable=not public or all(map(engine.public.may_be_sent, sources)),
         )

@@ -27,7 +27,7 @@ class StoredWeight:
         encoded: The weight.
         targets: The workers that get it.
         dtype: Of the product.
-        checks: Of answers, where they are there already.
+        checks: Of answers, by worker.
         public: The rows of each public weight that it is made of: workers are asked whether they have them, and sent
             what they lack. Empty if it is masked.
         sendable: Whether it may be sent; else workers have to have it.
@@ -42,7 +42,7 @@ class StoredWeight:
         encoded: EncodedWeight,
         targets: Sequence[Target],
         dtype: torch.dtype,
-        checks: dict[int, WeightCheck] | None = None,
+        checks: dict[int, WeightCheck],
         public: Sequence[int] = (),
         sendable: bool = True,
     ) -> None:
@@ -54,9 +54,6 @@ class StoredWeight:
         self.number = engine.new_number()
         self.rows_served = 0
         self.banned = len(engine.crew.banned)
-        if checks is None:
-            exact = product.scheme.traits.exact
-            checks = {} if exact else engine.verifier.weights(product, encoded.operands)
         self.checks = checks
         batch = engine.batch(product)
         self.unconfirmed: list[Batch] = [batch]

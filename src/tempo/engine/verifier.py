@@ -35,16 +35,38 @@ class Verifier:
     def __init__(self, policy: str) -> None:
         self.policy = Policy(policy)
 
-    def weights(self, product: Product, operands: Sequence[Operand]) -> dict[int, WeightCheck]:
-        """Checks of a weight about to be stored, by worker."""
+    def tally_of_weight(
+        self, product: Product, begun: dict[int, tuple[WeightCheck, Tally]], worker: int, w: Tensor
+    ) -> Tally | None:
+        """What a check of ``w`` needs of it, if that can be summed while it is masked; the check is ``begun``."""
+        engine = product.engine
+        if not self.policy.share or product.scheme.traits.exact or engine.settings.wire_dtype == "int8":
+            return None
+        check = WeightCheck(product.kind, w, engine.keys.fresh(product.number, "verify-w"), written=False)
+        if (tally := check.tally()) is not None:
+            begun[worker] = check, tally
+        return tally
+
+    def weights(
+        self,
+        product: Product,
+        operands: Sequence[Operand],
+        begun: Mapping[int, tuple[WeightCheck, Tally]] | None = None,
+    ) -> dict[int, WeightCheck]:
+        """Checks of a weight about to be stored, by worker; those ``begun`` by `tally_of_weight` are completed."""
         if not self.policy.share:
             return {}
-        engine = product.engine
+        engine, checks = product.engine, {}
         with engine.stats.timed("verify", "w", product.name):
-            fresh = partial(engine.keys.fresh, product.number, "verify-w")
-            return {
-                o.worker: WeightCheck(product.kind, _as_it_arrives(engine, o.tensors["w"]), fresh()) for o in operands
-            }
+            for o in operands:
+                w = _as_it_arrives(engine, o.tensors["w"])
+                if begun and o.worker in begun:
+                    check, tally = begun[o.worker]
+                    check.sent(w, tally)
+                else:
+                    check = WeightCheck(product.kind, w, engine.keys.fresh(product.number, "verify-w"))
+                checks[o.worker] = check
+        return checks
 
     def inputs(
         self,

@@ -39,6 +39,9 @@ Empty = Callable[[int, tuple[int, ...], torch.dtype], Tensor]
 Tallies = Mapping[int, Tally]
 """What to sum of ``x`` or ``g`` as each worker gets it, while that is masked; a scheme need not."""
 
+TallyOfWeight = Callable[[int, Tensor], Tally | None]
+"""``tally(worker, w)``: what to sum of that worker's ``w~`` while it is masked into ``w``; None: nothing."""
+
 Recall = Callable[[], Tensor]
 """Gives a plain operand again, as it was in the forward pass. Call it before returning; it may not hold later."""
 
@@ -311,6 +314,15 @@ class Scheme(ABC):
 
     @abstractmethod
     def encode_weight(
-        self, problem: Problem, w: Tensor, key: Key, targets: Sequence[Target], empty: Empty
+        self,
+        problem: Problem,
+        w: Tensor,
+        key: Key,
+        targets: Sequence[Target],
+        empty: Empty,
+        tally: TallyOfWeight | None = None,
     ) -> EncodedWeight:
-        """Mask ``W`` for ``targets``. ``key`` is fresh whenever the weight changed or its mask expired."""
+        """Mask ``W`` for ``targets``. ``key`` is fresh whenever the weight changed or its mask expired.
+
+        A scheme need not sum what ``tally`` asks for.
+        """

@@ -24,13 +24,14 @@ from tempo.schemes.base import (
     Problem,
     Recall,
     Tallies,
+    TallyOfWeight,
     Target,
 )
 from tempo.schemes.low_rank import LowRank, add_all
 from tempo.schemes.reply import Reply
 from tempo.schemes.sandwich import add_biases
 
-EncodeWeight = Callable[[Problem, Tensor, Key, Sequence[Target], Empty], EncodedWeight]
+EncodeWeight = Callable[[Problem, Tensor, Key, Sequence[Target], Empty, TallyOfWeight | None], EncodedWeight]
 
 
 def encode_weight(
@@ -42,6 +43,7 @@ def encode_weight(
     empty: Empty,
     operators: int,
     least: int,
+    tally: TallyOfWeight | None = None,
 ) -> EncodedWeight:
     """Mask ``w`` in as many parts as ``targets`` have distinct operators, at most ``operators``.
 
@@ -54,10 +56,11 @@ def encode_weight(
         empty: Gives send buffers.
         operators: In how many parts to divide.
         least: Features that a part needs, in every group: a narrower weight goes to the first operator alone.
+        tally: What to sum of a part.
     """
     parties = list(dict.fromkeys(target.operator for target in targets))[:operators]
     if len(parties) == 1:
-        return encode(problem, w, key, targets, empty)
+        return encode(problem, w, key, targets, empty, tally)
     width = len(w) // problem.groups
     count = min(len(parties), max(1, width // least))
     # The same number of each group's features, so that every part is a grouped product too.
@@ -67,7 +70,7 @@ def encode_weight(
     for number, operator in enumerate(parties[:count]):
         mine = order[:, number * width // count : (number + 1) * width // count].sort(1).values.flatten()
         members = [target for target in targets if target.operator == operator]
-        part = encode(problem, w.index_select(0, mine), key.branch(f"part{number}"), members, empty)
+        part = encode(problem, w.index_select(0, mine), key.branch(f"part{number}"), members, empty, tally)
         parts.append((operator, mine, part))
     return DividedWeight(parts)
 

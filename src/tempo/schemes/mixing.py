@@ -19,7 +19,7 @@ from torch import Tensor
 from tempo.errors import UnsafeError
 from tempo.keys import Key
 from tempo.schemes import cloak, columns, cover
-from tempo.schemes.base import Empty, EncodedWeight, Problem, Target
+from tempo.schemes.base import Empty, EncodedWeight, Problem, TallyOfWeight, Target
 from tempo.schemes.masks import Mask, draw_blocks
 from tempo.schemes.single import SingleMaskScheme
 from tempo.settings import Settings
@@ -189,9 +189,15 @@ class Mixing(SingleMaskScheme):
         return cover.cover(key.stream(f"cover{part}"), plain, fillers, self.shield_rows)
 
     def encode_weight(
-        self, problem: Problem, w: Tensor, key: Key, targets: Sequence[Target], empty: Empty
+        self,
+        problem: Problem,
+        w: Tensor,
+        key: Key,
+        targets: Sequence[Target],
+        empty: Empty,
+        tally: TallyOfWeight | None = None,
     ) -> EncodedWeight:
         """As one part, or output features divided over two operators, as the preset says."""
         return columns.encode_weight(
-            super().encode_weight, problem, w, key, targets, empty, self.traits.operators, self.block
+            super().encode_weight, problem, w, key, targets, empty, self.traits.operators, self.block, tally
         )

@@ -23,6 +23,7 @@ from tempo.schemes.base import (
     Recall,
     Scheme,
     Tallies,
+    TallyOfWeight,
     Target,
     UpdatableWeight,
 )
@@ -32,7 +33,7 @@ from tempo.schemes.cover import Cover, uncovered
 from tempo.schemes.low_rank import LowRank, add_all
 from tempo.schemes.masks import Mask, Masks
 from tempo.schemes.operators import work_dtype
-from tempo.schemes.reply import Passed, Reply
+from tempo.schemes.reply import Passed, Reply, Tally
 from tempo.schemes.total import Total, summed
 from tempo.wire.layout import maps
 from tempo.wire.messages import Muon, Rule
@@ -62,7 +63,13 @@ class SingleMaskScheme(Scheme):
         return plain, uncovered(plain)
 
     def encode_weight(
-        self, problem: Problem, w: Tensor, key: Key, targets: Sequence[Target], empty: Empty
+        self,
+        problem: Problem,
+        w: Tensor,
+        key: Key,
+        targets: Sequence[Target],
+        empty: Empty,
+        tally: TallyOfWeight | None = None,
     ) -> EncodedWeight:
         """Mask once, then copy: every worker may see the same masked bytes."""
         A, P = self.feature_masks(key, w.shape[1] * problem.groups, w.shape[0], problem.groups, work_dtype(w))
@@ -74,19 +81,23 @@ class SingleMaskScheme(Scheme):
         ]
         cloak = self.cloak(key, problem, w)
         # A send buffer can be shared with its worker, which must not get to change what others are sent.
-        source = operands[0].tensors["w"] if len(operands) == 1 else torch.empty(w.shape, dtype=problem.wire_dtype)
-        _encode_cloaked(masks, "w", w, cloak, source)
+        alone = len(operands) == 1
+        source = operands[0].tensors["w"] if alone else torch.empty(w.shape, dtype=problem.wire_dtype)
+        of_one = tally(operands[0].worker, source) if alone and tally is not None else None
+        _encode_cloaked(masks, "w", w, cloak, source, of_one)
         for operand in operands if len(operands) > 1 else ():
             operand.tensors["w"].copy_(source)
         return MaskedWeight(self, problem, masks, cloak, operands)
 
 
-def _encode_cloaked(masks: Masks, role: Literal["w", "dw"], w: Tensor, cloak: Cloak | None, out: Tensor) -> None:
+def _encode_cloaked(
+    masks: Masks, role: Literal["w", "dw"], w: Tensor, cloak: Cloak | None, out: Tensor, tally: Tally | None = None
+) -> None:
     """Mask ``w`` with a cloak on it: in the same pass, where that is of low rank as a matrix."""
     plus = None if cloak is None else cloak.factors
     if cloak is not None and plus is None:
         w = cloak.cover(w)
-    masks.encode(role, w, out, plus=plus)
+    masks.encode(role, w, out, plus=plus, tally=tally)
 
 
 def divide(rows: int, targets: Sequence[Target]) -> list[tuple[Target, slice]]:

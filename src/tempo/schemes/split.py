@@ -31,6 +31,7 @@ from tempo.schemes.base import (
     Recall,
     Scheme,
     Tallies,
+    TallyOfWeight,
     Target,
     Traits,
 )
@@ -105,7 +106,13 @@ class Split(Scheme):
         return None
 
     def encode_weight(
-        self, problem: Problem, w: Tensor, key: Key, targets: Sequence[Target], empty: Empty
+        self,
+        problem: Problem,
+        w: Tensor,
+        key: Key,
+        targets: Sequence[Target],
+        empty: Empty,
+        tally: TallyOfWeight | None = None,
     ) -> EncodedWeight:
         """Integers, the same ones for all; not in send buffers, since they may not have to be sent."""
         w_q, scales = integers(w, self.bits)

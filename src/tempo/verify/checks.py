@@ -88,6 +88,7 @@ class WeightCheck:
         w_masked: The weight as sent, (m, d) or (m, d/groups, …).
         key: Fresh, and of this weight and worker alone: nothing else draws from its streams ``r`` and ``v``.
         vectors: How many secret vectors.
+        written: Whether ``w_masked`` is there already; else `sent` follows when it is.
 
     Attributes:
         drift: How far a weight that its worker changes may be from what is kept of it: `tempo.verify.sketch`.
@@ -95,7 +96,9 @@ class WeightCheck:
 
     drift: float = 0.0
 
-    def __init__(self, product: Product, w_masked: Tensor, key: Key, vectors: int = VECTORS) -> None:
+    def __init__(
+        self, product: Product, w_masked: Tensor, key: Key, vectors: int = VECTORS, *, written: bool = True
+    ) -> None:
         self.vectors = vectors
         self.dtype = w_masked.dtype
         self.shape = tuple(w_masked.shape)
@@ -104,7 +107,16 @@ class WeightCheck:
         groups = self.form.groups
         self.r = _draw(key, "r", (groups, vectors, self.shape[0] // groups), work)
         self.v = _draw(key, "v", (groups, vectors, self.shape[1]), work)
-        self.from_outputs, self.from_inputs, self.length = self.form.weight(w_masked, self.r, self.v)
+        if written:
+            self.sent(w_masked)
+
+    def tally(self) -> Tally | None:
+        """What to sum of ``w~`` while it is written, for `sent`; None: nothing."""
+        return self.form.tally([self.v[0]], self.r[0])
+
+    def sent(self, w_masked: Tensor, tally: Tally | None = None) -> None:
+        """Keep what is needed of ``w~``, which is about to be sent, or was summed by ``tally`` already."""
+        self.from_outputs, self.from_inputs, self.length = self.form.weight(w_masked, self.r, self.v, tally)
 
     def forward(self, x_masked: Tensor, key: Key, *, keep: bool, want_y: bool = True) -> InputCheck:
         """What is kept of an input ``x~``, (T, d) or (N, d, …), about to be multiplied by the weight.

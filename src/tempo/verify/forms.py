@@ -32,13 +32,14 @@ class Form(ABC):
         self.work = work
 
     @abstractmethod
-    def weight(self, w: Tensor, r: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def weight(self, w: Tensor, r: Tensor, v: Tensor, tally: Tally | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What is kept of a weight.
 
         Args:
             w: As sent.
             r: (groups, k, m/groups).
             v: (groups, k, d/groups).
+            tally: What `tally` gave of the two, after ``w`` was written.
 
         Returns:
             ``Σ_o r_o w[o]`` as `inputs` takes it; ``Σ_c v_c w[:, c]`` as `gradients` takes it; the Frobenius norm of
@@ -70,7 +71,7 @@ class Form(ABC):
         """Sums of the rows of ``g`` with ``kernel``, and of its output features with ``q`` (what `inputs` gave)."""
 
     def tally(self, kernels: list[Tensor], q: Tensor | None = None) -> Tally | None:
-        """What has the sums of `inputs` and `gradients` made while the operand is written; None where that cannot be.
+        """What has sums of `weight`, `inputs` or `gradients` made while an operand is written; None where it cannot be.
 
         Args:
             kernels: One at least.
@@ -107,9 +108,10 @@ def form(product: Product, work: torch.dtype) -> Form:
 class Matrices(Form):
     """Rows first, features second."""
 
-    def weight(self, w: Tensor, r: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def weight(self, w: Tensor, r: Tensor, v: Tensor, tally: Tally | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(k, d), (k, m), a scalar."""
-        from_inputs, from_outputs = of_both(w, v[0], r[0])
+        from_inputs, from_outputs = tallied(tally, w) or of_both(w, v[0], r[0])
+        assert from_outputs is not None  # noqa: S101 - asked for
         return from_outputs.sums, from_inputs.sums, torch.linalg.vector_norm(from_inputs.lengths)
 
     def as_kernel(self, z: Tensor, w: tuple[int, ...]) -> Tensor:
@@ -175,7 +177,7 @@ class Convolutions(Form):
         self.product = product
         self.groups = product.groups
 
-    def weight(self, w: Tensor, r: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def weight(self, w: Tensor, r: Tensor, v: Tensor, tally: Tally | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """A kernel of k output channels per group, one of k input channels per group, (groups, 1)."""
         features = self._features(w)
         found = [of_both(of, of[:0].to(r.dtype), vectors) for of, vectors in zip(features, r, strict=True)]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from math import nan
+
 import pytest
 import torch
 from answering import ANSWERS, DTYPES, KINDS, LINEAR, Exchange, exchange, exchanges, rows
 from hypothesis import given, settings
 from torch import Tensor
 
+from tempo import kernels
+from tempo.keys import KeySchedule
+from tempo.schemes.masks import Masks, draw
+from tempo.verify.checks import WeightCheck
 from tempo.wire.messages import Conv, Linear
 
 
@@ -17,6 +23,23 @@ def test_honest_answers_pass(sent: Exchange):
     for name, found in sent.judge(**sent.answers).items():
         assert found.passed, (name, found)
         assert found.unchecked == 0
+
+
+@pytest.mark.skipif(kernels.native() is None, reason="only native kernels sum while they write")
+@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+def test_a_weight_may_be_summed_while_it_is_masked(dtype):
+    w, keys = torch.randn(48, 64), KeySchedule()
+    masks = Masks(P=draw(keys.fresh(0, "p").stream("p"), 48, 9), A=draw(keys.fresh(0, "a").stream("a"), 64, 9))
+    key, w_masked = keys.fresh(0, "w"), torch.full((48, 64), nan, dtype=dtype)
+    check = WeightCheck(Linear(), w_masked, key, written=False)
+    tally = check.tally()
+    masks.encode("w", w, w_masked, tally=tally)
+    assert tally.rows is not None
+    check.sent(w_masked, tally)
+    read = WeightCheck(Linear(), w_masked, key)
+    for made, expected in ((check.from_outputs, read.from_outputs), (check.from_inputs, read.from_inputs)):
+        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5 * float(w_masked.norm()))
+    torch.testing.assert_close(check.length, read.length, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
