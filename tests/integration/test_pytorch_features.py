@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from tempo.errors import SettingsError
@@ -141,6 +142,28 @@ def test_a_default_device_is_for_what_the_model_makes(session):
     plain(x).square().sum().backward()
     assert session.summary().offloaded_share > 0
     assert close([p.grad for p in protected.parameters()], [p.grad for p in plain.parameters()])
+
+
+class Watching(TorchFunctionMode):
+    """Notes the functions that it is asked about, but for attributes."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ != "__get__":
+            self.seen.add(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_function_modes_see_the_model_and_nothing_of_our_own(session):
+    plain, protected = both(session, Network)
+    with Watching() as of_plain:
+        plain(data())
+    with Watching() as of_protected:
+        protected(data())
+    assert session.summary().offloaded_share > 0
+    assert of_protected.seen < of_plain.seen  # all but the products
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

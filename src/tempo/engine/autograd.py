@@ -25,7 +25,7 @@ from tempo.schemes.low_rank import LowRank
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _of_our_own(function: F) -> F:
+def of_our_own(function: F) -> F:
     """``function`` without function modes, which are for the model: ours would be asked about every operation of it,
     and `torch.device` would have masks made elsewhere.
     """
@@ -49,7 +49,7 @@ class _WeightGate(torch.autograd.Function):
     """From a weight to an empty token whose gradient, when asked for, is ``dW``."""
 
     @staticmethod
-    @_of_our_own
+    @of_our_own
     def forward(ctx: Any, weight: Tensor, pending: _Pending) -> Tensor:
         ctx.pending = pending
         ctx.dtype = weight.dtype
@@ -58,7 +58,7 @@ class _WeightGate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_of_our_own
+    @of_our_own
     def backward(ctx: Any, token_gradient: Tensor | None) -> tuple[Tensor | None, None]:
         awaited, ctx.pending.await_gradient = ctx.pending.await_gradient, None
         if awaited is None or token_gradient is None:  # this weight's output went unused
@@ -70,7 +70,7 @@ class _Offload(torch.autograd.Function):
     """``Y_k = X W_kᵀ + b_k`` for every member ``k`` of a product, on workers, and what its adapter adds, from here."""
 
     @staticmethod
-    @_of_our_own
+    @of_our_own
     def forward(
         ctx: Any,
         product: Product,
@@ -96,7 +96,7 @@ class _Offload(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_of_our_own
+    @of_our_own
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         members = len(gradients)
         needs_x, *needs = ctx.needs_input_grad[3:]

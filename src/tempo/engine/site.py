@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tempo.engine.adapters import Operands
-from tempo.engine.autograd import offload
+from tempo.engine.autograd import of_our_own, offload
 from tempo.engine.away import residence_of
 from tempo.engine.dtypes import WIRE_DTYPES, compute_dtype
 from tempo.engine.geometry import flops, output_shape
@@ -99,17 +99,23 @@ class Site:
 
     def linear(self, x: Tensor, parameters: Parameters, trusted: Callable[[], Tensor]) -> Tensor:
         """A fully connected layer on ``x`` of shape (..., features); ``trusted`` computes the same here."""
+        y = self._linear(x, parameters)
+        return trusted() if y is None else y
+
+    @of_our_own
+    def _linear(self, x: Tensor, parameters: Parameters) -> Tensor | None:
+        """The same by workers; None: here, so that plain PyTorch computes, or raises, what it does."""
         operands = parameters()
         weight = operands.weight
         if x.is_nested or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-            return trusted()  # computes, or raises, what plain PyTorch does
+            return None
         rows = x.numel() // max(1, x.shape[-1])
         shape = (rows, x.shape[-1])
         if not self._goes_out(Linear(), shape, x, weight):
             if self._weighed and self.group is None and self.engine.sharing.possible(x, weight):
                 self.engine.sharing.noticed(self, x, parameters)  # together with its neighbours it may pay
             self._stay(x, weight)
-            return trusted()
+            return None
         if self.engine.sharing.possible(x, weight):
             given = self._take_stashed(x, operands)
             if given is not None:
@@ -125,15 +131,21 @@ class Site:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Conv, trusted: Callable[[], Tensor]
     ) -> Tensor:
         """A convolution on ``x`` of shape (batch, channels, ...); ``trusted`` computes the same here."""
+        y = self._convolution(x, weight, bias, kind)
+        return trusted() if y is None else y
+
+    @of_our_own
+    def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Conv) -> Tensor | None:
+        """The same by workers; None: here."""
         if self.stays(x, weight):
-            return trusted()
+            return None
         unfolds = self.engine.settings.unfold or self.scheme.traits.unfolds
         pointwise = kind.groups == 1 and all(size == 1 for size in weight.shape[2:]) and not any(kind.padding)
         if unfolds and kind.groups == 1 and not pointwise:
-            return self._unfolded(x, weight, bias, kind, trusted)
+            return self._unfolded(x, weight, bias, kind)
         if not self._goes_out(kind, tuple(x.shape), x, weight):
             self._stay(x, weight)
-            return trusted()
+            return None
         if pointwise:
             return self._pointwise(x, weight, bias, kind)
         if broken := self.scheme.traits.known_breaks.get("spatial-convolution"):
@@ -149,15 +161,13 @@ class Site:
         (y,) = self.compute(self._product(Linear()), pixels, [Operands(weight.flatten(1), bias)])
         return _as_maps(y, kind)
 
-    def _unfolded(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Conv, trusted: Callable[[], Tensor]
-    ) -> Tensor:
+    def _unfolded(self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Conv) -> Tensor | None:
         """A convolution sent as its patches: rows and taps are masked too, for as many times the bytes as taps."""
         kernel, flat = tuple(weight.shape[2:]), weight.flatten(1)
         batch, _, *positions = output_shape(kind, tuple(x.shape), tuple(weight.shape))
         if not self._goes_out(Linear(), (batch * prod(positions), flat.shape[1]), x, flat):
             self._stay(x, weight)
-            return trusted()
+            return None
         (y,) = self.compute(self._product(Linear()), patches(x, kind, kernel), [Operands(flat, bias)])
         return _as_maps(y, kind)
 
