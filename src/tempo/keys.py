@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tempo.errors import UnsafeError
 
 _SECRET_BYTES = 32
-_ZEROS = bytes(1 << 16)
+_ZEROS = memoryview(bytes(1 << 16))
 
 
 class Keystream:
@@ -40,7 +40,7 @@ class Keystream:
         view = memoryview(out.data)
         for start in range(0, count, len(_ZEROS)):
             part = view[start : start + len(_ZEROS)]
-            self._encryptor.update_into(_ZEROS[: len(part)] if len(part) < len(_ZEROS) else _ZEROS, part)
+            self._encryptor.update_into(_ZEROS[: len(part)], part)
         return out
 
     def integers(self, low: int, high: int, count: int) -> NDArray[np.int64]:
@@ -62,7 +62,7 @@ class Keystream:
             order = np.argsort(draws)
             # Equal draws would favour one order; at a million elements this happens once in 10^7 keys.
             if count < 2 or bool((draws[order[1:]] != draws[order[:-1]]).all()):
-                return order.astype(np.int64)
+                return order.astype(np.int64, copy=False)
 
 
 def root_of(secret: bytes, nonce: bytes) -> bytes:
