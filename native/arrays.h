@@ -38,10 +38,10 @@ struct type_caster<tempo::Array<Args...>> {
     template <typename Flags>
     bool from_python(handle src, Flags flags, cleanup_list *cleanup) noexcept {
         const object capsule = tempo::capsule_of(src);
+        const bool converts = flags & Flags(cast_flags::convert);  // by copying, from another dtype or layout
         Inner inner;
-        // A tensor of another dtype or layout than asked for may still be converted by nanobind's own way.
         if (!(capsule.is_valid() && inner.from_python(capsule, flags, cleanup)) &&
-            !inner.from_python(src, flags, cleanup))
+            !((converts || !capsule.is_valid()) && inner.from_python(src, flags, cleanup)))
             return false;
         value = tempo::Array<Args...>(std::move(inner.value));
         return true;
