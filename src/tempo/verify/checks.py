@@ -273,7 +273,7 @@ class GradientCheck:
 
 
 def _draw(key: Key, use: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-    return gaussians(key.stream(use), prod(shape)).view(shape).to(dtype)
+    return gaussians(key.stream(use), prod(shape), dtype).view(shape)
 
 
 def _coarsest(a: torch.dtype, b: torch.dtype, answer: torch.dtype) -> torch.dtype:
