@@ -27,7 +27,7 @@ def push(product: Conv, t: Tensor) -> Tensor:
     geometry = zip(inputs, kernel, product.stride, product.padding, product.dilation, strict=True)
     outputs = [(size + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for size, k, stride, pad, dilation in geometry]
     total = t.new_zeros(*t.shape[axes:-axes], *outputs)
-    for tap, at_inputs, at_outputs in _meetings(product, kernel, inputs, outputs):
+    for tap, at_inputs, at_outputs in meetings(product, kernel, inputs, outputs):
         total[:, :, *at_outputs] += t[tap][:, :, *at_inputs]
     return total
 
@@ -36,12 +36,12 @@ def pull(product: Conv, t: Tensor, inputs: tuple[int, ...]) -> Tensor:
     """From output pixels to input pixels of sizes ``inputs``; shapes as those of `push`."""
     axes = len(product.stride)
     total = t.new_zeros(*t.shape[axes:-axes], *inputs)
-    for tap, at_inputs, at_outputs in _meetings(product, t.shape[:axes], inputs, t.shape[-axes:]):
+    for tap, at_inputs, at_outputs in meetings(product, t.shape[:axes], inputs, t.shape[-axes:]):
         total[:, :, *at_inputs] += t[tap][:, :, *at_outputs]
     return total
 
 
-def _meetings(
+def meetings(
     product: Conv, kernel: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[int, ...] | list[int]
 ) -> Iterator[tuple[tuple[int, ...], _Slices, _Slices]]:
     """Every tap, with the input pixels that it meets and the output pixels for which it meets them."""
