@@ -160,6 +160,16 @@ def test_what_is_dead_is_found_exactly(rows, columns, spatial, data):
     assert torch.equal(covered[kept], x[kept])
 
 
+@pytest.mark.parametrize("rows", [255, 256, 1000, 5000])
+def test_a_column_of_many_rows_is_alive_by_any_one_of_them(rows):
+    x = torch.zeros(rows, 32)
+    x[:, 31] = 1
+    alive = torch.randint(0, rows, (30,))
+    x[alive, torch.arange(30)] = 1e-40
+    _, found = cover.cover(stream(), x)
+    assert found.columns.tolist() == [30]
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
 def test_what_is_filled_in_has_the_operand_s_own_scale(scale):
     x = torch.randn(400, 50) * scale
