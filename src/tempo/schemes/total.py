@@ -21,7 +21,7 @@ class Total:
 
     Args:
         masks: Around ``G``.
-        rows: Of ``G``.
+        rows: Of ``G``; of maps, images, whose pixels then are rows.
         tally: What is summed of ``G~`` anyway.
     """
 
@@ -32,7 +32,9 @@ class Total:
         if tally.weights is not None and len(tally.weights) < MOST_WEIGHTS:
             weights = torch.empty(rows, 1)
             Masks(L=masks.L).encode("x", torch.ones(rows, 1), weights)
-            self.tally = replace(tally, weights=torch.cat([tally.weights, weights.t()]))
+            pixels = tally.weights.shape[1] // rows
+            of_rows = weights.t().repeat_interleave(pixels, 1)
+            self.tally = replace(tally, weights=torch.cat([tally.weights, of_rows]))
 
     def made(self) -> Tensor | None:
         """The sum (m), once ``G~`` was written; None if that was without sums."""

@@ -11,6 +11,7 @@ from tempo import kernels
 from tempo.keys import KeySchedule
 from tempo.schemes.masks import Mask, Masks, draw, draw_blocks
 from tempo.schemes.reply import MOST_WATCHED, Tally, Watch
+from tempo.schemes.total import Total
 
 NATIVE = [name for name in kernels.available() if name != kernels.TORCH]
 KINDS = ["none", "scales", "blocks", "two rounds"]
@@ -135,4 +136,22 @@ def test_pixels_of_maps_are_rows(kind, name):
         torch.testing.assert_close(sums.lengths, pixels.double().norm(dim=1), rtol=1e-5, atol=0)
     torch.testing.assert_close(
         tally.columns[0], tally.weights @ sent.movedim(1, -1).reshape(180, 20), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_sum_of_a_gradient_of_maps_is_made_while_it_is_masked(kind):
+    masks = Masks(L=mask(kind, 12), P=mask(kind, 20))
+    g = torch.randn(12, 20, 3, 5).contiguous(memory_format=torch.channels_last)
+    asked = Tally(torch.empty(0, 20), torch.randn(4, 180))
+    total, sent = Total(masks, len(g), asked), torch.empty_like(g)
+    masks.encode("g", g, sent, tally=total.tally)
+    found = total.made()
+    if kernels.native() is None:
+        assert found is None
+        return
+    assert found is not None
+    torch.testing.assert_close(found, g.sum([0, 2, 3]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        asked.columns[0], asked.weights @ sent.movedim(1, -1).reshape(180, 20), rtol=1e-4, atol=1e-3
     )
