@@ -54,12 +54,12 @@ class Ledger:
         self.masks: Counter[str] = Counter()
 
     def label(self, key: Key) -> None:
-        name = (key._nonce, key.label)
+        name = (key._root, key.label)
         assert name not in self.labels, f"label {key.label} given out twice"
         self.labels.add(name)
 
     def plaintext(self, key: Key, plain: Tensor) -> None:
-        name = (key._nonce, key.label)
+        name = (key._root, key.label)
         assert name in self.labels, f"label {key.label} was not given out by a schedule"
         assert self.encoded.setdefault(name, digest(plain)) == digest(plain), f"label {key.label} met two plaintexts"
 

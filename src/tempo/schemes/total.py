@@ -12,8 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tempo.schemes.masks import Masks
+from tempo.schemes.masks import Form, Masks
 from tempo.schemes.reply import MOST_WEIGHTS, Tally
+from tempo.schemes.sandwich import sandwich
 
 
 class Total:
@@ -31,7 +32,7 @@ class Total:
         """What to have summed instead."""
         if tally.weights is not None and len(tally.weights) < MOST_WEIGHTS:
             weights = torch.empty(rows, 1)
-            Masks(L=masks.L).encode("x", torch.ones(rows, 1), weights)
+            sandwich(torch.ones(rows, 1), masks.L.operator(Form.PLAIN), None, [weights])
             pixels = tally.weights.shape[1] // rows
             of_rows = weights.t().repeat_interleave(pixels, 1)
             self.tally = replace(tally, weights=torch.cat([tally.weights, of_rows]))
