@@ -36,7 +36,8 @@ from tempo.schemes.arithmetic import input_gradient, output
 from tempo.schemes.low_rank import LowRank
 from tempo.schemes.operators import work_dtype
 from tempo.schemes.reply import MOST_WATCHED, Watch
-from tempo.wire.messages import Conv, Product
+from tempo.wire.messages import Conv, Muon, Product, Rule
+from tempo.worker.update import apply
 
 STRENGTH = 1.0
 """Largest singular value of a cloak, in units of what makes no outlier in a random matrix."""
@@ -209,3 +210,25 @@ def _orthonormal(stream: Keystream, count: int, side: int, rank: int, dtype: tor
     q: Tensor
     q, r = torch.linalg.qr(gaussians)
     return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2).to(dtype)
+
+
+@dataclass(frozen=True)
+class Lying:
+    """A cloak, and how many times over it lies on a weight (``w``) and on what an optimizer keeps of it by now.
+
+    Gradients know nothing of cloaks. So a linear optimizer makes of a cloak what it would make of a single number.
+    """
+
+    cloak: Cloak
+    counts: dict[str, Tensor]
+
+    def follow(self, rule: Rule, scale: float) -> None:
+        """Go along with an update whose gradient was scaled by ``scale``."""
+        w = self.counts.setdefault("w", torch.zeros((), dtype=torch.float64))
+        if isinstance(rule, Muon):  # its update is not linear, so no cloak lies on its gradient or momentum
+            w *= 1 - rule.lr * rule.weight_decay
+            return
+        gradient = self.counts.pop("gradient", torch.zeros_like(w)) * scale
+        kept = {name: count for name, count in self.counts.items() if name != "w"}
+        apply(rule, w, gradient, kept)
+        self.counts.update(kept)

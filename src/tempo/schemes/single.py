@@ -27,7 +27,7 @@ from tempo.schemes.base import (
     Target,
     UpdatableWeight,
 )
-from tempo.schemes.cloak import Cloak, together
+from tempo.schemes.cloak import Cloak, Lying, together
 from tempo.schemes.corrections import Share, WeightGradient, shares_of_input_gradient, shares_of_output
 from tempo.schemes.cover import Cover, uncovered
 from tempo.schemes.low_rank import LowRank, add_all
@@ -36,8 +36,7 @@ from tempo.schemes.operators import work_dtype
 from tempo.schemes.reply import Passed, Reply, Tally
 from tempo.schemes.total import Total, summed
 from tempo.wire.layout import maps
-from tempo.wire.messages import Muon, Rule
-from tempo.worker.update import apply
+from tempo.wire.messages import Rule
 
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
 """What optimizers keep that knows no signs."""
@@ -111,28 +110,6 @@ def divide(rows: int, targets: Sequence[Target]) -> list[tuple[Target, slice]]:
             parts.append((target, slice(start, end)))
         start = max(start, end)
     return parts
-
-
-@dataclass(frozen=True)
-class Lying:
-    """A cloak, and how many times over it lies on a weight (``w``) and on what an optimizer keeps of it by now.
-
-    Gradients know nothing of cloaks. So a linear optimizer makes of a cloak what it would make of a single number.
-    """
-
-    cloak: Cloak
-    counts: dict[str, Tensor]
-
-    def follow(self, rule: Rule, scale: float) -> None:
-        """Go along with an update whose gradient was scaled by ``scale``."""
-        w = self.counts.setdefault("w", torch.zeros((), dtype=torch.float64))
-        if isinstance(rule, Muon):  # its update is not linear, so no cloak lies on its gradient or momentum
-            w *= 1 - rule.lr * rule.weight_decay
-            return
-        gradient = self.counts.pop("gradient", torch.zeros_like(w)) * scale
-        kept = {name: count for name, count in self.counts.items() if name != "w"}
-        apply(rule, w, gradient, kept)
-        self.counts.update(kept)
 
 
 class MaskedWeight(UpdatableWeight):
