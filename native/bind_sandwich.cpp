@@ -6,7 +6,7 @@ namespace {
 
 using tempo::require;
 using tempo::Block;
-using tempo::Matrices;
+using tempo::Matrix;
 using tempo::Operator;
 using tempo::Piece;
 using tempo::Sandwich;
@@ -16,12 +16,12 @@ using Scale = tempo::Array<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 using Squares = tempo::Array<const float, nb::ndim<3>, nb::device::cpu>;  // (count, side, side), any strides
 using Rounds = std::vector<std::vector<Squares>>;
 
-Matrices matrix_of(const Array &array) {
+Matrix matrix_of(const Array &array) {
     require(array.ndim() == 2, "a matrix has two axes");
     require(array.shape(1) <= 1 || array.stride(1) == 1, "rows of a matrix have to be contiguous");
     const bool half = tempo::is_bfloat16(array.dtype());
     require(half || array.dtype() == nb::dtype<float>(), "matrices are float32 or bfloat16");
-    return {array.data(), 1, int64_t(array.shape(0)), int64_t(array.shape(1)), 0, array.stride(0), half};
+    return {array.data(), int64_t(array.shape(0)), int64_t(array.shape(1)), array.stride(0), half};
 }
 
 // An operator, and the memory that it points to. Applied to `size` elements, runs of `run` of them move together: to
@@ -141,7 +141,7 @@ using Added = std::tuple<Vectors, Vectors>;
 // Vectors, sums and lengths of rows; and weights, sums and lengths of columns.
 using Tallying = std::tuple<Vectors, WatchedSums, Lengths, std::optional<std::tuple<Vectors, WatchedSums, Lengths>>>;
 
-tempo::Watch watch_of(const Vectors &v, const WatchedSums &sums, const Lengths &lengths, const Matrices &of) {
+tempo::Watch watch_of(const Vectors &v, const WatchedSums &sums, const Lengths &lengths, const Matrix &of) {
     require(v.shape(0) <= tempo::kMostWatched && int64_t(v.shape(1)) == of.columns,
             "vectors have to be as long as rows, and not too many");
     require(sums.shape(0) == v.shape(0) && int64_t(sums.shape(1)) == of.rows, "sums have to be one per vector and row");
@@ -156,7 +156,7 @@ std::tuple<bool, bool> sandwich(const Array &x, const std::optional<Given> &rows
               const std::vector<Array> &outs, int axis, const std::vector<std::optional<Scale>> &biases,
               const std::optional<Watching> &watching, const std::optional<Added> &plus,
               const std::optional<Tallying> &tallying) {
-    const Matrices from = matrix_of(x);
+    const Matrix from = matrix_of(x);
     require(from.columns < INT32_MAX && from.rows < INT32_MAX, "a matrix is too large");
     require(biases.size() == outs.size(), "biases have to be as many as outputs");
     require(axis == 0 || axis == 1, "outputs lie along axis 0 or 1");
@@ -164,7 +164,7 @@ std::tuple<bool, bool> sandwich(const Array &x, const std::optional<Given> &rows
     std::vector<Piece> pieces;
     int64_t row = 0, column = 0;
     for (size_t i = 0; i < outs.size(); ++i) {
-        const Matrices to = matrix_of(outs[i]);
+        const Matrix to = matrix_of(outs[i]);
         require(axis == 1 ? to.rows == from.rows : to.columns == from.columns,
                 "outputs have to be pieces of the result");
         require(!biases[i] || int64_t(biases[i]->shape(0)) == to.columns, "a bias has to be as long as its columns");

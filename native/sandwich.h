@@ -165,11 +165,11 @@ inline void mix_columns(const Block &block, const int32_t *index, const Lines &f
 
 template <typename T>
 void write_tile(const Lines &lines, const Tile &tile, const Operator *columns, const Piece &piece, const Addend &plus,
-                Tally *tally, const float *packed, int64_t of_right, int64_t batch, const float *row_scale,
+                Tally *tally, const float *packed, int64_t of_right, const float *row_scale,
                 const NextRows &next, bool past_caches) {
     const int32_t *index = columns ? columns->gathers[columns->rounds] + piece.column : nullptr;
     const float *column_scale = columns && columns->scale ? columns->scale + piece.column : nullptr;
-    T *out = static_cast<T *>(piece.to.data) + batch * piece.to.batch_stride;
+    T *out = static_cast<T *>(piece.to.data);
     const int width = int(piece.to.columns);
     const float *right = plus.rank ? plus.right + piece.column : nullptr;
     for (int panel = 0; panel < tile.lanes; panel += kLine) {
@@ -256,15 +256,14 @@ void write_tile(const Lines &lines, const Tile &tile, const Operator *columns, c
 }
 
 inline bool worth_streaming(const Piece &piece) {
-    const Matrices &to = piece.to;
-    return !to.half && to.batch * to.rows * to.columns >= kStreamFrom && aligned(to.data) &&
-           to.row_stride % kLanes == 0 && to.batch_stride % kLanes == 0;
+    const Matrix &to = piece.to;
+    return !to.half && to.rows * to.columns >= kStreamFrom && aligned(to.data) && to.row_stride % kLanes == 0;
 }
 
 // --- one pass: rows by their round's blocks, columns if it is their turn ---
 
-inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_columns, const Piece *pieces, int count,
-                 const Addend &plus, Tally *tally, int64_t batch) {
+inline void pass(const Sandwich &s, const Matrix &x, int round, bool with_columns, const Piece *pieces, int count,
+                 const Addend &plus, Tally *tally) {
     const int width = int(x.columns);
     const Operator *rows = s.rows, *columns = with_columns ? s.columns : nullptr;
     const bool mixes = rows && rows->rounds;
@@ -297,16 +296,15 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
     if (tally) pack(tally->rows, width, false, of_tally);
 
     const int element = x.half ? sizeof(uint16_t) : sizeof(float);
-    const int64_t offset = batch * x.batch_stride;
-    const char *source = static_cast<const char *>(x.data) + offset * element;
+    const char *source = static_cast<const char *>(x.data);
     for (int t = 0; t < tiles; ++t) {
         const int start = mixes ? rows->blocks[round][t].start : t * height;
         const int side = mixes ? rows->blocks[round][t].side : least(height, total - start);
         const Tile tile{side, rounded(side, kLanes), from + start, to + start};
         const NextRows below{source, x.row_stride * element, element, tile.from + side,
                              least(side, total - start - side)};
-        if (!mixes && x.half) read_tile(static_cast<const uint16_t *>(x.data) + offset, x.row_stride, width, tile, lines);
-        if (!mixes && !x.half) read_tile(static_cast<const float *>(x.data) + offset, x.row_stride, width, tile, lines);
+        if (!mixes && x.half) read_tile(static_cast<const uint16_t *>(x.data), x.row_stride, width, tile, lines);
+        if (!mixes && !x.half) read_tile(static_cast<const float *>(x.data), x.row_stride, width, tile, lines);
         if (watch && !mixes)
             for (int lane = 0; lane < tile.lanes; lane += kLine) {
                 const int used = least(kLine, tile.lanes - lane);
@@ -321,9 +319,9 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
         for (int column = 0; mixes && column < width; column += kChunk) {
             const int some = least(kChunk, width - column);
             if (x.half)
-                read_chunk(static_cast<const uint16_t *>(x.data) + offset, x.row_stride, column, some, tile, chunk);
+                read_chunk(static_cast<const uint16_t *>(x.data), x.row_stride, column, some, tile, chunk);
             else
-                read_chunk(static_cast<const float *>(x.data) + offset, x.row_stride, column, some, tile, chunk);
+                read_chunk(static_cast<const float *>(x.data), x.row_stride, column, some, tile, chunk);
             if (watch)
                 for_groups(*watch, [&](auto k, int first, int line) {
                     constexpr int K = decltype(k)::value;
@@ -359,11 +357,11 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
             for (int p = 0; p < count; ++p) {
                 const bool past_caches = worth_streaming(pieces[p]);
                 if (pieces[p].to.half)
-                    write_tile<uint16_t>(from, part, columns, pieces[p], plus, tally, of_tally, width, batch, scale,
-                                         next, false);
+                    write_tile<uint16_t>(from, part, columns, pieces[p], plus, tally, of_tally, width, scale, next,
+                                         false);
                 else
-                    write_tile<float>(from, part, columns, pieces[p], plus, tally, of_tally, width, batch, scale,
-                                      next, past_caches);
+                    write_tile<float>(from, part, columns, pieces[p], plus, tally, of_tally, width, scale, next,
+                                      past_caches);
             }
             if (tally && tally->weights) tally->since += real, settle(*tally, width, kFlush);
         }
@@ -372,20 +370,14 @@ inline void pass(const Sandwich &s, const Matrices &x, int round, bool with_colu
 
 inline void sandwich(const Sandwich &s) {
     const int rounds = s.rows && s.rows->rounds ? s.rows->rounds : 1;
-    for (int64_t batch = 0; batch < s.x.batch; ++batch) {
-        Matrices x = s.x;
-        for (int round = 0; round < rounds; ++round) {
-            if (round == rounds - 1) {
-                pass(s, x, round, round == 0, s.pieces, s.count, s.plus, s.tally, batch);
-                break;
-            }
-            const int64_t width = x.columns;
-            Matrices between{scratch(4 + round % 2, size_t(x.rows * width)), 1, x.rows, width, 0, width, false};
-            const Piece all{between, 0, 0, nullptr};
-            pass(s, x, round, round == 0, &all, 1, Addend{}, nullptr, batch);
-            x = between;
-        }
+    Matrix x = s.x;
+    for (int round = 0; round < rounds - 1; ++round) {
+        const Matrix between{scratch(4 + round % 2, size_t(x.rows * x.columns)), x.rows, x.columns, x.columns, false};
+        const Piece all{between, 0, 0, nullptr};
+        pass(s, x, round, round == 0, &all, 1, Addend{}, nullptr);
+        x = between;
     }
+    pass(s, x, rounds - 1, rounds == 1, s.pieces, s.count, s.plus, s.tally);
     if (s.tally && s.tally->weights) settle(*s.tally, s.x.columns, 0);
     fence();
 }

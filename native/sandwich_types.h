@@ -25,17 +25,16 @@ struct Operator {
     const int *counts = nullptr;            // how many each round has
 };
 
-// A batch of matrices whose rows are contiguous; strides in elements.
-struct Matrices {
+// A matrix whose rows are contiguous; the stride in elements.
+struct Matrix {
     void *data;
-    int64_t batch, rows, columns;
-    int64_t batch_stride, row_stride;
+    int64_t rows, columns, row_stride;
     bool half;  // bfloat16, else float32
 };
 
 // A part of what is written: rows and columns from `row` and `column` on.
 struct Piece {
-    Matrices to;
+    Matrix to;
     int64_t row, column;
     const float *bias;  // one number for each of its columns, or null
 };
@@ -73,14 +72,14 @@ struct Addend {
 };
 
 struct Sandwich {
-    Matrices x;
+    Matrix x;
     const Operator *rows;     // null: the identity
     const Operator *columns;  // null: the identity
     const Piece *pieces;
     int count;
-    Addend plus;   // only of a single matrix
-    Watch *watch;  // or null; only of a single matrix
-    Tally *tally;  // or null; only of a single matrix in one piece, with nothing added to it
+    Addend plus;
+    Watch *watch;  // or null
+    Tally *tally;  // or null; only of one piece, with nothing added to it
 };
 
 }  // namespace tempo
