@@ -44,7 +44,7 @@ def test_an_unknown_source_names_the_nearest() -> None:
 
 def idx(array: np.ndarray) -> bytes:
     header = bytes((0, 0, 8, array.ndim)) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-    return gzip.compress(header + array.astype(np.uint8).tobytes())
+    return gzip.compress(header + array.astype(np.uint8).tobytes(), mtime=0)
 
 
 @pytest.fixture
@@ -71,9 +71,9 @@ def test_fashion_mnist_from_a_folder(fashion: Path) -> None:
     ("content", "message"),
     [
         (b"junk", "cannot read"),
-        (gzip.compress(b"junk that is no IDX file"), "not an IDX file"),
+        (gzip.compress(b"junk that is no IDX file", mtime=0), "not an IDX file"),
         (idx(np.zeros((2, 4, 4)))[:-12], "cannot read"),
-        (gzip.compress(gzip.decompress(idx(np.zeros((2, 4, 4))))[:-1]), "31 bytes for shape"),
+        (gzip.compress(gzip.decompress(idx(np.zeros((2, 4, 4))))[:-1], mtime=0), "31 bytes for shape"),
         (idx(np.zeros((3, 4, 4))), "3 images but labels"),
     ],
 )
