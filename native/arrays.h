@@ -9,7 +9,7 @@
 namespace tempo {
 
 // As `nb::ndarray`, and made of a tensor by PyTorch's function in C: nanobind by itself asks `Tensor.__dlpack__`,
-// which is Python and takes twenty times as long.
+// which is Python and takes far longer.
 template <typename... Args>
 struct Array : nanobind::ndarray<Args...> {
     Array() = default;

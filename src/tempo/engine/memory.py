@@ -33,8 +33,8 @@ _STRICT: Final = Path("/proc/sys/vm/overcommit_memory")
 def keep_heap() -> bool:
     """Let the process keep freed memory for reuse, in large pages; True if the allocator is one that can be told so.
 
-    The heap grows once, to half of the memory that is free: only what is mapped can be put on large pages. None of it
-    is in use before it is touched.
+    The heap grows once, by half of the machine's memory: only what is mapped can be put on large pages. None of it is
+    in use before it is touched.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -45,7 +45,7 @@ def keep_heap() -> bool:
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 1 << 26))
     accepted = [mallopt(option, value) == 1 for option, value in settings]  # all of them, whatever the first says
     if all(accepted):
-        size = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
         while size >= _LEAST and not _grow(library, size):
             size //= 2
         for start, end in _heap():
