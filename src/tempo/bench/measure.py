@@ -68,7 +68,7 @@ class Measurement(msgspec.Struct, kw_only=True):
     """The least that the trusted side reads and writes in a step: every operand and its masked form, every answer and
     its result, what trusted layers take and give, forward and backward, and what the optimizer does, once each."""
     copy_bytes_per_s: float = 0.0
-    """Read and written by the fastest large copy between the steps."""
+    """Read and written by the fastest large copy after the steps."""
     offloaded_flops_share: float
     mask_seconds: float
     """Of ``trusted_step``: masking and unmasking, keys included."""
@@ -227,15 +227,15 @@ def _measure(
     period = period_of(null)
     steps = math.ceil(steps / period) * period
     before = null.stats()
-    attention, copies = [], []
+    attention = []
     for number in range(steps):
         report(f"{workload.description}: step {number + 1} of {steps}")
         for step in compared:
             step.run()
-        copies.append(copy_speed())
         if workload.attention:
             attention.append(workload.attention.seconds())
     used = null.stats() - before
+    copies = [copy_speed() for _ in range(3)]  # not between steps, whose memory would move
     plain, alone = (per_step(step.times[-steps:], period) for step in (plain_step, null_step))
     scaled = alone / (sum(null_step.times[-steps:]) / steps)  # the split adds up to the median
     mask, verify, wire = (used.seconds[what] / steps * scaled for what in ("mask", "verify", "wire"))
