@@ -49,7 +49,6 @@ class _WeightGate(torch.autograd.Function):
     """From a weight to an empty token whose gradient, when asked for, is ``dW``."""
 
     @staticmethod
-    @of_our_own
     def forward(ctx: Any, weight: Tensor, pending: _Pending) -> Tensor:
         ctx.pending = pending
         ctx.dtype = weight.dtype
@@ -70,7 +69,6 @@ class _Offload(torch.autograd.Function):
     """``Y_k = X W_kᵀ + b_k`` for every member ``k`` of a product, on workers, and what its adapter adds, from here."""
 
     @staticmethod
-    @of_our_own
     def forward(
         ctx: Any,
         product: Product,

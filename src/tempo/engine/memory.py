@@ -2,7 +2,7 @@
 
 Every tensor above 128 KiB is otherwise a fresh mapping, and touching it for the first time costs a page fault per
 4 KiB, which can take longer than the layers that stay trusted compute (and faults cost more inside a TEE). In a virtual
-machine, addresses are translated twice: what is bound by memory can take three times as long in pages of 4 KiB.
+machine, addresses are translated twice, which pages of 2 MiB make cheaper (docs/decisions/0010).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from tempo.wire.memory import LARGE_PAGE
@@ -26,7 +27,7 @@ _MADV_COLLAPSE = 25
 _LEAST: Final = 1 << 28
 """Bytes by which the heap is to grow at least."""
 
-_STRICT: Final = Path("/proc/sys/vm/overcommit_memory")
+_OVERCOMMIT: Final = Path("/proc/sys/vm/overcommit_memory")
 
 
 @cache
@@ -55,6 +56,8 @@ def keep_heap() -> bool:
 
 def onto_large_pages(tensor: Tensor) -> None:
     """Move what ``tensor`` lies on to large pages where the kernel can; its address stays, and so do its values."""
+    if not sys.platform.startswith("linux") or tensor.layout != torch.strided:
+        return
     if tensor.device.type == "cpu" and tensor.nbytes >= 2 * LARGE_PAGE and tensor.is_contiguous():
         start, size = tensor.data_ptr(), tensor.nbytes
         aligned = -(-start // LARGE_PAGE) * LARGE_PAGE
@@ -71,7 +74,7 @@ def _advise(start: int, size: int, advice: int) -> None:
 
 
 def _grow(library: ctypes.CDLL, size: int) -> bool:
-    if _STRICT.is_file() and _STRICT.read_text().strip() == "2":
+    if _OVERCOMMIT.is_file() and _OVERCOMMIT.read_text().strip() == "2":
         return False  # what is mapped counts as used, and others would go without
     malloc, free = library.malloc, library.free
     malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]

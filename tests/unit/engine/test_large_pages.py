@@ -45,7 +45,9 @@ def test_the_heap_is_asked_for_in_large_pages_once() -> None:
 
 def test_a_parameter_moves_to_large_pages_where_it_is() -> None:
     """Address and values are what they were."""
-    memory = mmap.mmap(-1, 4 * LARGE_PAGE)  # as the allocator maps what is made before a session
+    memory = mmap.mmap(
+        -1, 4 * LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )  # as the allocator maps what is made before a session
     values = torch.frombuffer(memory, dtype=torch.float32).normal_()
     before, address = values.clone(), values.data_ptr()
     assert not asked_for(values)
