@@ -16,7 +16,7 @@ namespace tempo::TEMPO_ISA {
 constexpr int kParts = kLine / kLanes;
 
 constexpr int kTogether = kLanes == kLine ? 2 * kLine : kLine;  // lanes for which columns are mixed at a time
-constexpr int kChunk = 64;                // columns whose rows are mixed at a time, in the first-level cache
+constexpr int kChunk = 256;  // columns whose rows are mixed at a time: whole lines of memory, in the second-level cache
 
 struct Tile {
     int rows;             // that are real
@@ -280,10 +280,12 @@ inline void pass(const Sandwich &s, const Matrix &x, int round, bool with_column
     const Lines other{columns && columns->rounds ? scratch(1, size_t(width) * kTogether) : nullptr, panel};
     float *chunk = mixes ? scratch(6, size_t(2 * kChunk) * lanes_most) : nullptr;
     float *mixed = chunk + kChunk * lanes_most;
-    int32_t *numbers = reinterpret_cast<int32_t *>(scratch(2, size_t(total)));
+    // Each round but the last puts rows where the next one takes them in turn.
+    int32_t *numbers = reinterpret_cast<int32_t *>(scratch(2, 2 * size_t(total))), *placed = numbers + total;
     for (int i = 0; i < total; ++i) numbers[i] = i;
-    const int32_t *from = rows ? rows->gathers[round] : numbers;
-    const int32_t *to = mixes && last ? rows->last_inverse : numbers;
+    for (int i = 0; mixes && !last && i < total; ++i) placed[rows->gathers[round + 1][i]] = i;
+    const int32_t *from = rows && round == 0 ? rows->gathers[0] : numbers;
+    const int32_t *to = !mixes ? numbers : last ? rows->last_inverse : placed;
     float *scales = rows && rows->scale ? scratch(3, size_t(total) + kLine) : nullptr;
     for (int i = 0; scales && i < total; ++i) scales[i] = rows->scale[i];
 
