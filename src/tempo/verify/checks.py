@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from math import inf, isfinite, prod
 from typing import Final
 
@@ -131,10 +130,6 @@ class WeightCheck:
         check.sent(x_masked)
         return check
 
-    def drifted(self, operand: Sums) -> Tensor | None:
-        """How far a drift of the weight may move products with the rows of ``operand``."""
-        return operand.lengths * self.drift if self.drift else None
-
 
 class InputCheck:
     """What is kept of a masked input, once it was `sent`; arguments as those of `WeightCheck.forward`."""
@@ -179,22 +174,20 @@ class InputCheck:
             into: Where to copy it in the same pass, if anywhere: what is judged is what lies there, whoever changes
                 ``y_masked`` meanwhile.
         """
-        read = partial(self.weight.form.rows, vectors=self.weight.r)
-        return self._output(_Reading(read, y_masked, into), y_masked.dtype)
+        return self._output(self.weight.form.rows(y_masked, into, self.weight.r), y_masked.dtype)
 
     def output_check(self) -> AnswerCheck:
         """What judges ``y~``."""
         return AnswerCheck(self.output, self.weight.form.summed_with(self.weight.r), self._output)
 
-    def _output(self, read: Sums | _Reading, dtype: torch.dtype) -> Residual:
+    def _output(self, found: Sums, dtype: torch.dtype) -> Residual:
         weight = self.weight
         if self.y is None:
             raise ValueError("no output was announced for this input")
         expected, self.y = self.y, None
-        scale = expected.lengths * weight.length
         inner, width = prod(weight.shape[1:]), weight.r.shape[2]
         rounding = Rounding(inner, width, weight.work, _coarsest(self.dtype, weight.dtype, dtype))
-        return _judge(expected.sums, scale, rounding, read, weight.drifted(expected))
+        return _compare(expected, weight.length, rounding, found, weight.drift)
 
     def gradient_tally(self, *, want_dx: bool, want_dw: bool) -> Tally | None:
         """What to sum of ``g~`` while it is written, for `backward`; None: nothing."""
@@ -231,45 +224,42 @@ class GradientCheck:
     def input_gradient(self, dx_masked: Tensor, into: Tensor | None = None) -> Residual:
         """Check ``dx~``, and copy it ``into`` in the same pass: see `InputCheck.output`."""
         weight = self.source.weight
-        read = partial(weight.form.rows, vectors=weight.v)
-        return self._input_gradient(_Reading(read, dx_masked, into), dx_masked.dtype)
+        return self._input_gradient(weight.form.rows(dx_masked, into, weight.v), dx_masked.dtype)
 
     def input_gradient_check(self) -> AnswerCheck:
         """What judges ``dx~``."""
         weight = self.source.weight
         return AnswerCheck(self.input_gradient, weight.form.summed_with(weight.v), self._input_gradient)
 
-    def _input_gradient(self, read: Sums | _Reading, dtype: torch.dtype) -> Residual:
+    def _input_gradient(self, found: Sums, dtype: torch.dtype) -> Residual:
         weight = self.source.weight
         if self.dx is None:
             raise ValueError("no input gradient was announced")
-        scale = self.dx.lengths * weight.length
         inner, width = weight.r.shape[2] * prod(weight.shape[2:]), weight.shape[1]
         rounding = Rounding(inner, width, weight.work, _coarsest(self.dtype, weight.dtype, dtype))
-        return _judge(self.dx.sums, scale, rounding, read, weight.drifted(self.dx))
+        return _compare(self.dx, weight.length, rounding, found, weight.drift)
 
     def weight_gradient(self, dw_masked: Tensor, into: Tensor | None = None) -> Residual:
         """Check ``dw~``, and copy it ``into`` in the same pass: see `InputCheck.output`."""
         if self.source.z is None:
             raise ValueError("no weight gradient was announced")
-        read = partial(self.source.weight.form.features, z=self.source.z)
-        return self._weight_gradient(_Reading(read, dw_masked, into), dw_masked.dtype)
+        return self._weight_gradient(self.source.weight.form.features(dw_masked, into, self.source.z), dw_masked.dtype)
 
     def weight_gradient_check(self) -> AnswerCheck:
         """What judges ``dw~``."""
-        z = self.source.z
-        vectors = None if z is None else self.source.weight.form.summed_with(z)
+        weight, z = self.source.weight, self.source.z
+        # With several taps it is no matrix to whoever unmasks it: that would be done twice.
+        vectors = weight.form.summed_with(z) if z is not None and prod(weight.shape[2:]) == 1 else None
         return AnswerCheck(self.weight_gradient, vectors, self._weight_gradient)
 
-    def _weight_gradient(self, read: Sums | _Reading, dtype: torch.dtype) -> Residual:
+    def _weight_gradient(self, found: Sums, dtype: torch.dtype) -> Residual:
         source = self.source
         if self.dw is None or source.z is None:
             raise ValueError("no weight gradient was announced")
-        scale = self.dw.lengths * source.length
         rounding = Rounding(
             self.count, source.z.shape[2], source.weight.work, _coarsest(self.dtype, source.dtype, dtype)
         )
-        return _judge(self.dw.sums, scale, rounding, read)
+        return _compare(self.dw, source.length, rounding, found)
 
 
 def _draw(key: Key, use: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
@@ -281,38 +271,21 @@ def _coarsest(a: torch.dtype, b: torch.dtype, answer: torch.dtype) -> torch.dtyp
     return max(torch.promote_types(a, b), answer, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-class _Reading:
-    """Reads an answer whenever its sums are wanted; after the first time its copy, if there is one."""
+def _compare(expected: Sums, length: Tensor, rounding: Rounding, found: Sums, drift: float = 0.0) -> Residual:
+    """The worst row of an answer.
 
-    def __init__(self, read: Callable[..., Sums], answer: Tensor, into: Tensor | None) -> None:
-        self._read, self._answer, self._into = read, answer, into
-
-    def sums(self, *, lengths: bool) -> Sums:
-        found = self._read(self._answer, self._into, lengths=lengths)
-        if self._into is not None:
-            self._answer, self._into = self._into, None
-        return found
-
-
-def _judge(
-    expected: Tensor, scale: Tensor, rounding: Rounding, read: Sums | _Reading, drifted: Tensor | None = None
-) -> Residual:
-    """The worst row of what was or will be read; ``scale`` and ``drifted`` as in `Rounding.error_norm`."""
-    if isinstance(read, Sums):
-        return _compare(expected, read, scale, rounding, drifted)
-    coarse = rounding.through != rounding.work
-    found = _compare(expected, read.sums(lengths=coarse), scale, rounding, drifted)
-    if found.passed or coarse:
-        return found
-    # In full precision the answer's length hardly counts, and is not worth reading unless a row fails without.
-    return _compare(expected, read.sums(lengths=True), scale, rounding, drifted)
-
-
-def _compare(expected: Tensor, found: Sums, scale: Tensor, rounding: Rounding, drifted: Tensor | None) -> Residual:
-    residual = (found.sums - expected).double().square_().sum(-2).sqrt_()
+    Args:
+        expected: Sums of its rows, and lengths of those of one operand.
+        length: Of the other operand, by group if there are any.
+        rounding: Of rows.
+        found: Sums of what came.
+        drift: How far the other operand may be from what is known of it.
+    """
+    residual = (found.sums - expected.sums).double().square_().sum(-2).sqrt_()
     if residual.numel() == 0:
         return Residual()
-    tolerance = rounding.error_norm(scale, found.lengths, drifted).mul_(threshold(expected.shape[-2]))
+    scale, drifted = expected.lengths * length, expected.lengths * drift if drift else None
+    tolerance = rounding.error_norm(scale, found.lengths, drifted).mul_(threshold(expected.sums.shape[-2]))
     ratio = residual / tolerance
     unchecked = 0
     if not isfinite(float(residual.sum()) + float(tolerance.sum())):
@@ -323,5 +296,5 @@ def _compare(expected: Tensor, found: Sums, scale: Tensor, rounding: Rounding, d
         unchecked = int(free.sum())
         ratio = ratio.masked_fill_(lost, inf).masked_fill_(free, 0.0)
     row = tuple(map(int, np.unravel_index(int(ratio.argmax()), ratio.shape)))
-    worst, off, allowed = (float(values.numpy()[row]) for values in (ratio, residual, tolerance.expand_as(ratio)))
+    worst, off, allowed = (float(values.numpy()[row]) for values in (ratio, residual, tolerance))
     return Residual(worst, row, off, allowed, residual.numel(), unchecked)

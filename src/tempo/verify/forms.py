@@ -8,7 +8,7 @@ convolutions (groups, pixels of all images); of weights the output features, (m)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from math import prod
 from typing import final
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from tempo.schemes.reply import MOST_WATCHED, Tally
-from tempo.verify.norms import lengths as lengths_of
 from tempo.verify.sums import Sums, of_both, of_rows, pieces, tallied
 from tempo.verify.taps import pull, push
 from tempo.wire.messages import Conv, Product
@@ -84,18 +83,17 @@ class Form(ABC):
         return None
 
     @abstractmethod
-    def rows(self, answer: Tensor, into: Tensor | None, vectors: Tensor, *, lengths: bool) -> Sums:
+    def rows(self, answer: Tensor, into: Tensor | None, vectors: Tensor) -> Sums:
         """Sums of the rows of ``y`` or ``dx`` with ``vectors`` (groups, k, features).
 
         Args:
             answer: Read once.
             into: Where to copy it in the same pass, if anywhere: sums are of what lies there.
             vectors: Those.
-            lengths: Whether lengths are wanted; else they may be zeros.
         """
 
     @abstractmethod
-    def features(self, dw: Tensor, into: Tensor | None, z: Tensor, *, lengths: bool) -> Sums:
+    def features(self, dw: Tensor, into: Tensor | None, z: Tensor) -> Sums:
         """Sums of the output features of ``dw`` with ``z`` (groups, k, elements of an output feature), as `rows`."""
 
 
@@ -151,13 +149,13 @@ class Matrices(Form):
         rows, columns = of_both(g, q.new_empty(0, g.shape[1]) if kernel is None else kernel, q)
         return None if kernel is None else rows, columns
 
-    def rows(self, answer: Tensor, into: Tensor | None, vectors: Tensor, *, lengths: bool) -> Sums:
+    def rows(self, answer: Tensor, into: Tensor | None, vectors: Tensor) -> Sums:
         """Sums (k, T)."""
-        return of_rows(answer, vectors[0], lengths=lengths, into=into)
+        return of_rows(answer, vectors[0], into)
 
-    def features(self, dw: Tensor, into: Tensor | None, z: Tensor, *, lengths: bool) -> Sums:
+    def features(self, dw: Tensor, into: Tensor | None, z: Tensor) -> Sums:
         """Sums (k, m)."""
-        return self.rows(dw, into, z, lengths=lengths)
+        return self.rows(dw, into, z)
 
 
 @final
@@ -180,9 +178,9 @@ class Convolutions(Form):
     def weight(self, w: Tensor, r: Tensor, v: Tensor, tally: Tally | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """A kernel of k output channels per group, one of k input channels per group, (groups, 1)."""
         features = self._features(w)
-        found = [of_both(of, of[:0].to(r.dtype), vectors) for of, vectors in zip(features, r, strict=True)]
+        found = [of_both(of, r.new_empty(0, of.shape[1]), vectors) for of, vectors in zip(features, r, strict=True)]
         from_outputs = torch.stack([columns.sums for _, columns in found])
-        by_group = features.view(*features.shape[:2], w.shape[1], prod(w.shape[2:]))
+        by_group = features.view(*features.shape[:2], w.shape[1], prod(w.shape[2:])).to(self.work)
         from_inputs = (v.unsqueeze(1) @ by_group).permute(0, 3, 2, 1).unflatten(1, w.shape[2:])
         length = torch.stack([torch.linalg.vector_norm(rows.lengths, dim=0, keepdim=True) for rows, _ in found])
         return self.as_kernel(from_outputs, tuple(w.shape)), from_inputs, length
@@ -236,23 +234,26 @@ class Convolutions(Form):
             rows = Sums(sums, self._longest(squares, kernel))
         return rows, columns
 
-    def rows(self, answer: Tensor, into: Tensor | None, vectors: Tensor, *, lengths: bool) -> Sums:
+    def rows(self, answer: Tensor, into: Tensor | None, vectors: Tensor) -> Sums:
         """Sums (groups, k, pixels)."""
         if into is not None and (self.groups > 1 or not into.movedim(1, -1).is_contiguous()):
             answer, into = into.copy_(answer), None
-        copies = [None] * self.groups if into is None else self._pixels(into)
-        read = zip(self._pixels(answer), copies, vectors, strict=True)
-        return _stacked([of_rows(pixels, v, lengths=lengths, into=copy) for pixels, copy, v in read])
+        return self._each(vectors, self._pixels(answer), None if into is None else self._pixels(into))
 
-    def features(self, dw: Tensor, into: Tensor | None, z: Tensor, *, lengths: bool) -> Sums:
+    def features(self, dw: Tensor, into: Tensor | None, z: Tensor) -> Sums:
         """Sums (groups, k, m/groups)."""
-        by_group = self._features(dw if into is None else into.copy_(dw))
-        sums = z @ by_group.mT
-        return Sums(sums, lengths_of(by_group, 2) if lengths else sums.new_zeros((), dtype=torch.float64))
+        if into is not None and not into.is_contiguous():
+            dw, into = into.copy_(dw), None
+        return self._each(z, self._features(dw), None if into is None else self._features(into))
+
+    def _each(self, vectors: Tensor, parts: Iterable[Tensor], copies: Iterable[Tensor] | None) -> Sums:
+        """Sums of the rows of each group's part, copied in the same pass if anywhere."""
+        places = [None] * self.groups if copies is None else copies
+        return _stacked([of_rows(*of_one) for of_one in zip(parts, vectors, places, strict=True)])
 
     def _features(self, w: Tensor) -> Tensor:
         """A weight as (groups, output features of a group, elements of one)."""
-        return w.reshape(self.groups, w.shape[0] // self.groups, -1).to(self.work)
+        return w.reshape(self.groups, w.shape[0] // self.groups, -1)
 
     def _pixels(self, t: Tensor) -> list[Tensor]:
         """The channels of each group, pixels first: views where channels lie last, else copies."""

@@ -41,13 +41,12 @@ def pieces(t: Tensor, work: torch.dtype, into: Tensor | None = None) -> Iterator
         yield start, piece.to(work)
 
 
-def of_rows(x: Tensor, v: Tensor, *, lengths: bool = True, into: Tensor | None = None) -> Sums:
+def of_rows(x: Tensor, v: Tensor, into: Tensor | None = None) -> Sums:
     """Sums (k, T) of the rows of ``x``.
 
     Args:
         x: (T, d).
         v: (k, d), in the dtype that sums are kept in.
-        lengths: Whether lengths are wanted; else they may be zeros.
         into: Where to copy ``x`` in the same pass, like it; what is summed is what lies there, whoever changes ``x``.
     """
     if native := _native(x, v.dtype):
@@ -57,7 +56,7 @@ def of_rows(x: Tensor, v: Tensor, *, lengths: bool = True, into: Tensor | None =
     sums, norms = [v.new_empty(len(v), 0)], [v.new_empty(0, dtype=torch.float64)]
     for _, piece in pieces(x, v.dtype, into):
         sums.append(v @ piece.t())
-        norms.append(lengths_of(piece, 1) if lengths else piece.new_zeros(len(piece), dtype=torch.float64))
+        norms.append(lengths_of(piece, 1))
     return Sums(torch.cat(sums, 1), torch.cat(norms))
 
 
