@@ -78,6 +78,7 @@ def kernels() -> dict[str, tuple[Call, int]]:
         "sums of rows, copying": ((native.sums, (x, y, v, *of_rows)), size),
         "sums of rows and columns": ((native.sums, (x, None, v, *of_rows, q, *of_columns)), size),
         "sums of rows and columns, bfloat16": ((native.sums, (half, None, v, *of_rows, q, *of_columns)), size),
+        "comparison of sums": ((native.compare, comparison()), ROWS * COLUMNS),
         "expand a seed": ((native.expand, (SEED, 0, integers.reshape(-1), (1 << 31) - 3)), size),
         "share": (share(x, 1), size),
         "share, bfloat16": (share(half, 1), size),
@@ -151,6 +152,12 @@ def sandwich(x: Any, y: Any, rows: Any, columns: Any, watch: Any = None, plus: A
     from tempo import _kernels as native
 
     return native.sandwich, (x, rows, columns, [y], 0, [None], watch, plus, tally)
+
+
+def comparison() -> tuple[Any, ...]:
+    """Sums of as many rows as there are elements, with four vectors each."""
+    sums, lengths = floats(1, 4, ROWS * COLUMNS), np.ones((1, ROWS * COLUMNS))
+    return sums, sums + 1, lengths, np.ones(1), lengths, (1e-6, 1e-3, 1e-6, 1e-37), 0.0, 7.9, 1e38
 
 
 SEED = bytes(32)

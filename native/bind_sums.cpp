@@ -2,6 +2,7 @@
 
 namespace {
 
+using tempo::Comparison;
 using tempo::require;
 using tempo::Sums;
 using Matrix = tempo::Array<nb::ndim<2>, nb::device::cpu>;
@@ -48,6 +49,33 @@ void sums(const Matrix &x, const std::optional<Matrix> &copy, const Lines<const 
     tempo::active->sums(s);
 }
 
+using Sheets = tempo::Array<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Lengths = tempo::Array<const double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// Ratio, place, residual and tolerance of the worst row, and how many rows could not be checked.
+std::tuple<double, int64_t, double, double, int64_t> compare(
+    const Sheets &found, const Sheets &expected, const Lengths &lengths, const Line<const double> &other,
+    const Lengths &answers, std::tuple<double, double, double, double> error, double drift, double threshold,
+    double limit) {
+    Comparison c{};
+    c.groups = int64_t(found.shape(0)), c.vectors = int(found.shape(1)), c.rows = int64_t(found.shape(2));
+    require(c.groups > 0 && c.rows > 0, "there have to be rows");
+    for (size_t axis = 0; axis < 3; ++axis)
+        require(expected.shape(axis) == found.shape(axis), "there have to be as many sums as expected");
+    for (const Lengths *of : {&lengths, &answers})
+        require(int64_t(of->shape(0)) == c.groups && int64_t(of->shape(1)) == c.rows, "lengths have to be one per row");
+    require(int64_t(other.shape(0)) == c.groups, "lengths have to be one per group");
+    c.found = found.data(), c.expected = expected.data();
+    c.lengths = lengths.data(), c.answers = answers.data(), c.other = other.data();
+    std::tie(c.of_scale, c.of_rounded, c.of_answer, c.lost) = error;
+    c.drift = drift, c.threshold = threshold, c.limit = limit;
+    {
+        nb::gil_scoped_release release;
+        tempo::active->compare(c);
+    }
+    return {c.ratio, c.worst, c.residual, c.tolerance, c.unchecked};
+}
+
 using Floats = tempo::Array<float, nb::ndim<2>, nb::device::cpu>;
 
 // `x vᵀ` to `of_rows`, `qᵀ x` to `of_columns`: either may be left out.
@@ -88,6 +116,8 @@ void bind_sums(nb::module_ &m) {
     m.def("sums", &::sums, nb::arg("x"), nb::arg("copy").none(), nb::arg("v"), nb::arg("of_rows"),
           nb::arg("row_lengths"), nb::arg("q").none() = nb::none(), nb::arg("of_columns").none() = nb::none(),
           nb::arg("column_lengths").none() = nb::none());
+    m.def("compare", &::compare, nb::arg("found"), nb::arg("expected"), nb::arg("lengths"), nb::arg("other"),
+          nb::arg("answers"), nb::arg("error"), nb::arg("drift"), nb::arg("threshold"), nb::arg("limit"));
     m.def("tall_products", &::tall_products, nb::arg("x"), nb::arg("v").none(), nb::arg("of_rows").none(),
           nb::arg("q").none(), nb::arg("of_columns").none());
 }

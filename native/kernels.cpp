@@ -4,6 +4,7 @@
 #include "haar.h"
 #include "sandwich.h"
 #include "sums.h"
+#include "compare.h"
 #include "activation.h"
 #include "attention.h"
 #include "batch_norm.h"
@@ -22,6 +23,7 @@ const Table &table() {
         .name = TEMPO_NAME(TEMPO_ISA),
         .sandwich = sandwich,
         .sums = sums,
+        .compare = compare,
         .gaussians = gaussians,
         .gaussians_single = gaussians_single,
         .orthogonal = orthogonal,

@@ -31,6 +31,23 @@ struct Sums {
     double *totals;   // memory for `totals_doubles` numbers, if `by_column`
 };
 
+// Sums of an answer's rows with vectors, and of what it should be: see compare.h. `lengths` are of one operand's rows,
+// `other` is the length of the other operand, `answers` are lengths of the answer's rows.
+struct Comparison {
+    int64_t groups, rows;
+    int vectors;
+    const float *found, *expected;    // (groups, vectors, rows)
+    const double *lengths, *answers;  // (groups, rows)
+    const double *other;              // (groups)
+
+    double of_scale, of_rounded, of_answer, lost;  // terms of the error: see tempo.verify.tolerance
+    double drift, threshold;
+    double limit;  // scales from here on excuse what is not finite
+
+    double ratio, residual, tolerance;  // of the worst row, `worst` of (groups, rows)
+    int64_t worst, unchecked;
+};
+
 inline int64_t padded(int64_t columns) { return (columns + kWidest - 1) / kWidest * kWidest; }
 inline int64_t packed_floats(const Sums &s) {
     return padded(s.columns) * (s.vectors + (s.by_column ? s.weights + 1 : 0));

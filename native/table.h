@@ -14,6 +14,7 @@ struct Table {
     const char *name;
     void (*sandwich)(const Sandwich &);
     void (*sums)(const Sums &);
+    void (*compare)(Comparison &);
     void (*gaussians)(double *numbers, int64_t half);
     void (*gaussians_single)(float *numbers, int64_t half);
     void (*orthogonal)(const Haar<double> &);

@@ -34,6 +34,19 @@ def sums(
     column_lengths: Tensor | None = None,
 ) -> None: ...
 
+# Ratio, place, residual and tolerance of the worst row, and how many could not be checked.
+def compare(
+    found: Tensor,
+    expected: Tensor,
+    lengths: Tensor,
+    other: Tensor,
+    answers: Tensor,
+    error: tuple[float, float, float, float],
+    drift: float,
+    threshold: float,
+    limit: float,
+) -> tuple[float, int, float, float, int]: ...
+
 # Products of a tall matrix with a few vectors on either side.
 def tall_products(
     x: Tensor, v: Tensor | None, of_rows: Tensor | None, q: Tensor | None, of_columns: Tensor | None

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, isfinite, prod
+from math import inf, prod
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from tempo import kernels
 from tempo.keys import Key
 from tempo.schemes.haar import gaussians
 from tempo.schemes.operators import work_dtype
@@ -281,20 +281,32 @@ def _compare(expected: Sums, length: Tensor, rounding: Rounding, found: Sums, dr
         found: Sums of what came.
         drift: How far the other operand may be from what is known of it.
     """
-    residual = (found.sums - expected.sums).double().square_().sum(-2).sqrt_()
-    if residual.numel() == 0:
+    lengths, allowed = expected.lengths, threshold(expected.sums.shape[-2])
+    if not lengths.numel():
         return Residual()
-    scale, drifted = expected.lengths * length, expected.lengths * drift if drift else None
-    tolerance = rounding.error_norm(scale, found.lengths, drifted).mul_(threshold(expected.sums.shape[-2]))
-    ratio = residual / tolerance
-    unchecked = 0
-    if not isfinite(float(residual.sum()) + float(tolerance.sum())):
+    native = kernels.native() if expected.sums.dtype == torch.float32 else None
+    if native is not None:
+        groups, rows = length.numel(), lengths.shape[-1]
+        worst, at, off, tolerated, unchecked = native.compare(
+            found.sums.view(groups, -1, rows),
+            expected.sums.view(groups, -1, rows),
+            lengths.view(groups, rows),
+            length.view(groups),
+            found.lengths.view(groups, rows),
+            rounding.terms(),
+            drift,
+            allowed,
+            rounding.finite_below,
+        )
+    else:
+        residual = (found.sums - expected.sums).double().square_().sum(-2).sqrt_()
+        scale, drifted = lengths * length, lengths * drift if drift else None
+        tolerance = rounding.error_norm(scale, found.lengths, drifted).mul_(allowed)
+        ratio = residual / tolerance
         lost = ~(torch.isfinite(residual) & torch.isfinite(tolerance))
-        # No element exceeds the scale, and no sum by more than Gaussians ever make of it: then all has to be finite.
-        limit = min(torch.finfo(rounding.through).max, torch.finfo(rounding.work).max / 64, 1e150)
-        free = lost & ~(scale < limit)
-        unchecked = int(free.sum())
-        ratio = ratio.masked_fill_(lost, inf).masked_fill_(free, 0.0)
-    row = tuple(map(int, np.unravel_index(int(ratio.argmax()), ratio.shape)))
-    worst, off, allowed = (float(values.numpy()[row]) for values in (ratio, residual, tolerance))
-    return Residual(worst, row, off, allowed, residual.numel(), unchecked)
+        free = lost & ~(scale < rounding.finite_below)
+        ratio.masked_fill_(lost, inf).masked_fill_(free, 0.0)
+        at, unchecked = int(ratio.argmax()), int(free.sum())
+        worst, off, tolerated = (float(values.view(-1)[at]) for values in (ratio, residual, tolerance))
+    row = (at,) if lengths.dim() == 1 else divmod(at, lengths.shape[1])
+    return Residual(worst, row, off, tolerated, lengths.numel(), unchecked)

@@ -110,13 +110,27 @@ class Rounding:
         Returns:
             Float64, never zero: results below the smallest normal number may have been flushed to zero.
         """
+        of_scale, of_rounded, of_answer, lost = self.terms()
+        error = scale * of_scale
+        if of_rounded:
+            error = torch.hypot(error, of_rounded * answer)
+        error = torch.add(error, answer, alpha=of_answer).add_(lost)
+        return error if drifted is None else torch.hypot(error, drifted)
+
+    def terms(self) -> tuple[float, float, float, float]:
+        """The error of sums per scale; those of rounding and of equal numbers' sums per length of an answer; what may
+        underflow.
+        """
         work, through = torch.finfo(self.work), torch.finfo(self.through)
         u = work.eps / 2
         steps = 2 * (self.inner + self.width) + 1
         rounded = through.eps / 2 if self.through != self.work else 0.0
         lost = sqrt(self.width) * (steps * work.tiny + through.smallest_normal * through.eps / 2)
-        error = scale * (sqrt(steps) * u)
-        if rounded:
-            error = torch.hypot(error, rounded * answer)
-        error = torch.add(error, answer, alpha=self.inner * u / 2).add_(lost)
-        return error if drifted is None else torch.hypot(error, drifted)
+        return sqrt(steps) * u, rounded, self.inner * u / 2, lost
+
+    @property
+    def finite_below(self) -> float:
+        """The scale below which an answer has to be finite, and the check's sums: no element exceeds the scale, and no
+        sum by more than Gaussians ever make of it.
+        """
+        return min(torch.finfo(self.through).max, torch.finfo(self.work).max / 64, 1e150)

@@ -6,12 +6,14 @@ from math import inf, nan
 
 import pytest
 import torch
-from answering import DTYPES, LINEAR, Exchange, exchange
+from answering import DTYPES, KINDS, LINEAR, Exchange, exchange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tempo import kernels
+from tempo.keys import KeySchedule
+from tempo.verify.checks import Residual, WeightCheck
 from tempo.verify.sums import Sums, of_both, of_rows
 
 FLOATS = [torch.float32, torch.bfloat16]
@@ -122,6 +124,38 @@ def test_numbers_that_are_hard_on_sums(dtype):
     scaled = Exchange(LINEAR[0], *(t.to(dtype) for t in (scaled.x * scales, scaled.w / 100, scaled.g * scales)))
     for sent in (equal, scaled):
         assert all(found.passed for found in sent.judge(**sent.answers).values())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", ["linear", "groups, channels last", "channels last"])
+@pytest.mark.parametrize("wrong", [1.0, nan, inf])
+def test_verdicts_are_those_of_pytorch(kind, dtype, wrong):
+    """Where the answer is wrong, where an operand is not finite, and where both are."""
+    for broken in (False, True):
+        sent, keys = exchange(*KINDS[kind], dtype), KeySchedule()
+        answers = sent.answers
+        for answer in answers.values():
+            answer[(1, *[0] * (answer.dim() - 1))] += wrong * 30 * answer.abs().max()
+        if broken:
+            sent.g[-1] = inf
+            sent.x[1 if kind == "linear" else -1] = nan
+        keys = [keys.fresh(0, name) for name in ("w", "x")]
+
+        def found(sent=sent, keys=keys, answers=answers) -> list[Residual]:
+            source = WeightCheck(sent.product, sent.w, keys[0]).forward(sent.x, keys[1], keep=True)
+            gradient = source.backward(sent.g, want_dx=True, want_dw=True)
+            judges = [source.output, gradient.input_gradient, gradient.weight_gradient]
+            return [judge(answer) for judge, answer in zip(judges, answers.values(), strict=True)]
+
+        natively = found()
+        with kernels.using("torch"):
+            expected = found()
+        for one, other in zip(natively, expected, strict=True):
+            assert (one.passed, one.rows, one.unchecked) == (other.passed, other.rows, other.unchecked)
+            if 1 < other.ratio < inf:
+                assert one.row == other.row
+                assert one.ratio == pytest.approx(other.ratio, rel=1e-3)
+                assert one.tolerance == pytest.approx(other.tolerance, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["y", "dx", "dw"])
