@@ -91,6 +91,8 @@ def kernels() -> dict[str, tuple[Call, int]]:
             (native.tall_products, (x, None, None, floats(ROWS, 16), floats(16, COLUMNS))),
             size,
         ),
+        "rows that are dead": ((native.dead_rows, (x[:, None], np.zeros(ROWS, bool))), size),
+        "columns that are dead": ((native.dead_columns, (x[:, None], np.zeros(COLUMNS, bool))), size),
         "sums of integers": ((native.sum_rows, (integers, residues, sums)), size),
         "GELU": ((native.activation, ("gelu", x, None, y)), size),
         "GELU, gradient": ((native.activation, ("gelu", x, x, y)), size),

@@ -35,5 +35,6 @@ void bind_sandwich(nb::module_ &m);
 void bind_sums(nb::module_ &m);
 void bind_layers(nb::module_ &m);
 void bind_shares(nb::module_ &m);
+void bind_zeros(nb::module_ &m);
 
 }  // namespace tempo

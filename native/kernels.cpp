@@ -12,6 +12,7 @@
 #include "rotation.h"
 #include "low_rank.h"
 #include "shares.h"
+#include "zeros.h"
 
 #define TEMPO_STRING(x) #x
 #define TEMPO_NAME(x) TEMPO_STRING(x)
@@ -37,6 +38,8 @@ const Table &table() {
         .attend = attend,
         .differentiate_attention = differentiate_attention,
         .tall_products = tall_products,
+        .dead_rows = dead_rows,
+        .dead_columns = dead_columns,
         .sum_rows = sum_rows,
         .combine = combine,
 #if defined(__AES__)

@@ -50,4 +50,5 @@ NB_MODULE(_kernels, m) {
     tempo::bind_sums(m);
     tempo::bind_layers(m);
     tempo::bind_shares(m);
+    tempo::bind_zeros(m);
 }

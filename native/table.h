@@ -7,6 +7,7 @@
 #include "layers_types.h"
 #include "low_rank_types.h"
 #include "shares_types.h"
+#include "zeros_types.h"
 
 namespace tempo {
 
@@ -28,6 +29,8 @@ struct Table {
     void (*attend)(const Attention &);
     void (*differentiate_attention)(const Attention &);
     void (*tall_products)(const Tall &);
+    void (*dead_rows)(const Zeros &, bool *dead);
+    void (*dead_columns)(const Zeros &, bool *dead, int32_t *candidates);
     void (*sum_rows)(const FieldRows &);
     void (*combine)(const Combination &);
     void (*expand)(const Expansion &);  // this and the next are null without instructions for AES

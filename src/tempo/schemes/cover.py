@@ -25,6 +25,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from tempo import kernels
 from tempo.keys import Keystream
 from tempo.schemes import haar
 from tempo.schemes.operators import work_dtype
@@ -42,8 +43,8 @@ core: 10 ns by ``benchmarks/mask_speed.py``, at 20 multiplications per nanosecon
 
 _NONE = torch.empty(0, dtype=torch.int64)
 
-_SAMPLE = 16
-"""Elements looked at first: only what is zero in all of them can be zero throughout."""
+_SAMPLE = 64
+"""Rows, about, whose root mean square stands for all."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def cover(stream: Keystream, plain: Tensor, fillers: int = 0, shields: int = 0) 
     real, appended = len(plain), fillers + shields
     rows = dead_rows(plain)
     live = real - len(rows)
-    columns = _dead_columns(plain, rows) if live else rows[:0]
+    columns = _dead_columns(plain) if live else rows[:0]
     if not appended and not len(rows) and not len(columns):
         return plain, uncovered(plain)
     scale = _rms(plain, rows) * math.sqrt(plain.shape[1] / max(1, plain.shape[1] - len(columns)))
@@ -119,42 +120,40 @@ def cover(stream: Keystream, plain: Tensor, fillers: int = 0, shields: int = 0) 
 
 def dead_rows(x: Tensor) -> Tensor:
     """Rows that are exactly zero; nothing is squared, so that small values count."""
-    # Neighbours first, a cache line of each row; where those are zero, others all over it; at last, all.
-    candidates = (x[:, :_SAMPLE] == 0).flatten(1).all(1).nonzero().squeeze(1)
-    for step in (max(1, x.shape[1] // _SAMPLE), 1):
-        if len(candidates):
-            candidates = candidates[(x[:, ::step].index_select(0, candidates) == 0).flatten(1).all(1)]
-    return candidates
+    native = kernels.native()
+    if native is None:
+        return (~x.any(1).view(len(x), -1).any(1)).nonzero().squeeze(1)
+    maps, dead = _maps(x), torch.empty(len(x), dtype=torch.bool)
+    kernels.rows_in_parts(lambda rows: native.dead_rows(maps[rows], dead[rows]), len(x), x[:1].numel())
+    return dead.nonzero().squeeze(1)
 
 
-def _dead_columns(x: Tensor, dead: Tensor) -> Tensor:
-    """Features that are exactly zero in all rows; ``dead`` rows are known."""
-    few = _live_rows(x, dead, _SAMPLE)
-    candidates = (few == 0).transpose(0, 1).flatten(1).all(1).nonzero().squeeze(1)
-    # Then more rows, in odd steps: powers of two would find pixels at the edge of maps alone, whose patches are padded.
-    for step in sorted({len(x) // _SAMPLE**2 | 1, 1}, reverse=True):
-        if len(candidates):
-            zero = x[::step].index_select(1, candidates) == 0
-            candidates = candidates[zero.transpose(0, 1).flatten(1).all(1)]
-    return candidates
+def _dead_columns(x: Tensor) -> Tensor:
+    """Features that are exactly zero in all rows."""
+    native = kernels.native()
+    if native is None:
+        return (~x.any(0).view(x.shape[1], -1).any(1)).nonzero().squeeze(1)
+    dead = torch.empty(x.shape[1], dtype=torch.bool)
+    native.dead_columns(_maps(x), dead)
+    return dead.nonzero().squeeze(1)
+
+
+def _maps(x: Tensor) -> Tensor:
+    """``x`` as rows × positions × columns, as kernels take it: a view of what is laid out in any usual way."""
+    return x.detach().movedim(1, -1).reshape(len(x), prod(x.shape[2:]), x.shape[1])
 
 
 def _rms(x: Tensor, dead: Tensor) -> float:
     """Of some rows that are not dead; divided by the largest element first, lest squares underflow."""
-    few = _live_rows(x, dead, 4 * _SAMPLE)
+    alive = torch.ones(len(x), dtype=torch.bool)
+    alive[dead] = False
+    rows = alive.nonzero().squeeze(1)
+    few = x.index_select(0, rows[:: max(1, len(rows) // _SAMPLE)])
     peak = float(torch.linalg.vector_norm(few, torch.inf)) if len(few) else 0.0
     if not peak > 0:
         return FAINT
     square = (few / peak).square_().mean(dtype=torch.promote_types(x.dtype, torch.float32))
     return peak * math.sqrt(float(square))
-
-
-def _live_rows(x: Tensor, dead: Tensor, about: int) -> Tensor:
-    """Some rows, evenly spaced among those that are not dead."""
-    alive = torch.ones(len(x), dtype=torch.bool)
-    alive[dead] = False
-    rows = alive.nonzero().squeeze(1)
-    return x.index_select(0, rows[:: max(1, len(rows) // about)])
 
 
 def _fill(stream: Keystream, x: Tensor, axis: int, where: Tensor, scale: float) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from in_process import plain, run, targets
 from torch import Tensor
 
+from tempo import kernels
 from tempo.keys import KeySchedule, Keystream
 from tempo.schemes import cover
 from tempo.schemes.mix import Mix
@@ -135,16 +136,28 @@ def test_no_dead_feature_shows_as_a_null_vector(role):
     assert least(Mix()) > 0.1
 
 
-@UNHURRIED
-@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([(), (3,), (2, 2)]), st.data())
-def test_what_is_dead_is_found_exactly(rows, columns, spatial, data):
-    x = torch.randn(rows, columns, *spatial)
+@pytest.mark.parametrize("kernel", kernels.available())
+@settings(UNHURRIED, max_examples=25)
+@given(
+    st.integers(1, 60),
+    st.integers(1, 60),
+    st.sampled_from([(), (3,), (2, 2), (9, 8)]),
+    st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),
+    st.booleans(),
+    st.data(),
+)
+def test_what_is_dead_is_found_exactly(kernel, rows, columns, spatial, dtype, last, data):
+    x = torch.randn(rows, columns, *spatial).to(dtype)
     dead_rows, dead_columns = kill(data.draw, x, 0), kill(data.draw, x, 1)
     for index in torch.randint(0, x.numel(), (3,)):  # a single element, too small to square, makes its row live
         row, column = int(index) // (x.numel() // rows), int(index) // (x.numel() // rows // columns) % columns
         x.view(-1)[index] = 1e-40
         dead_rows[row] = dead_columns[column] = False
-    covered, found = cover.cover(stream(), x)
+    x[x.eq(0) & (torch.rand(x.shape) < 0.5)] = -0.0
+    if last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    with kernels.using(kernel):
+        covered, found = cover.cover(stream(), x)
     if dead_columns.all():
         dead_rows[:] = True
     if dead_rows.all():
