@@ -5,11 +5,18 @@ All compute in at least float32. Shapes are those of `tempo.wire.messages`: rows
 
 from __future__ import annotations
 
+from math import prod
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from tempo.schemes.operators import work_dtype
+from tempo.verify.taps import meetings
 from tempo.wire.messages import Conv, Product
+
+_CHUNK: Final = 1 << 18
+"""Elements handled at a time: what stays in a core's cache."""
 
 
 def output(product: Product, x: Tensor, w: Tensor) -> Tensor:
@@ -28,6 +35,30 @@ def input_gradient(product: Product, g: Tensor, w: Tensor, shape: tuple[int, ...
     if not isinstance(product, Conv):
         return g @ w
     return _convolution_backward(product, g, w.new_empty(1).expand(shape), w, 0)
+
+
+def subtract_input_gradient(product: Product, g: Tensor, w: Tensor, dx: Tensor) -> None:
+    """``dX -= G W``, in place: of convolutions as one matrix product over what each pixel meets of few channels."""
+    g, w = (t.to(work_dtype(t)) for t in (g, w))
+    if not isinstance(product, Conv):
+        dx -= g @ w
+        return
+    geometry = list(meetings(product, tuple(w.shape[2:]), tuple(dx.shape[2:]), list(g.shape[2:])))
+    pixels = max(1, prod(dx.shape[2:]))
+    groups = (t.chunk(product.groups, axis) for t, axis in ((dx, 1), (g, 1), (w, 0)))
+    for of_inputs, of_outputs, weight in zip(*groups, strict=True):
+        matrix = weight.flatten(2).permute(2, 0, 1).reshape(-1, weight.shape[1])
+        step = max(1, _CHUNK // (pixels * len(matrix)))
+        room = g.new_zeros(step, *dx.shape[2:], len(geometry), len(weight))  # where no tap meets, it stays zero
+        images = zip(of_inputs.movedim(1, -1).split(step), of_outputs.movedim(1, -1).split(step), strict=True)
+        for target, source in images:
+            met, source = room[: len(target)], source.contiguous()
+            for number, (_, at_inputs, at_outputs) in enumerate(geometry):
+                met.select(-2, number)[:, *at_inputs] = source[:, *at_outputs]
+            rows = target.flatten(0, -2)  # a view, where channels lie last and are all of them
+            rows.addmm_(met.view(-1, len(matrix)), matrix, alpha=-1)
+            if rows.data_ptr() != target.data_ptr():
+                target.copy_(rows.view(target.shape))
 
 
 def weight_gradient(product: Product, x: Tensor, g: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from tempo.keys import Keystream
 from tempo.schemes import haar
-from tempo.schemes.arithmetic import input_gradient, output
+from tempo.schemes.arithmetic import output, subtract_input_gradient
 from tempo.schemes.low_rank import LowRank
 from tempo.schemes.operators import work_dtype
 from tempo.schemes.reply import MOST_WATCHED, Watch
@@ -97,9 +97,10 @@ class Cloak:
 
     def uncover_output(self, y: Tensor, xv: Tensor) -> None:
         """``Y -= (X Vᵀ) Uᵀ``, in place, of a convolution."""
-        n, groups, rank = len(y), self.groups, self.U.shape[1]
-        U = self.U.view(groups, -1, rank)
-        y -= torch.matmul(U, xv.view(n, groups, rank, -1)).view(y.shape)
+        axes, rank = y.dim() - 2, self.U.shape[1]
+        alone = Conv((1,) * axes, (0,) * axes, (1,) * axes, self.groups)
+        U = self.U.view(self.groups, -1, rank).mT.reshape(-1, len(self.U) // self.groups, *[1] * axes)
+        subtract_input_gradient(alone, xv, U, y)
 
     def seen_by_gradient(self, g: Tensor, watch: Watch | None = None) -> Tensor:
         """``G U``, as ``watch`` saw it, if it did: T×k, or N × groups·k × spatial."""
@@ -118,7 +119,7 @@ class Cloak:
 
     def uncover_input_gradient(self, dx: Tensor, gu: Tensor) -> None:
         """``dX -= (G U) V``, in place, of a convolution."""
-        dx -= input_gradient(self.product, gu, self.V, tuple(dx.shape))
+        subtract_input_gradient(self.product, gu, self.V, dx)
 
 
 def together(cloaks: Sequence[tuple[Cloak, float]]) -> Cloak:

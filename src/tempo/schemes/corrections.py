@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from tempo.schemes.arithmetic import input_gradient, output, weight_gradient
+from tempo.schemes.arithmetic import output, subtract_input_gradient, weight_gradient
 from tempo.schemes.cover import Cover
 from tempo.wire.messages import Conv, Product
 
@@ -29,8 +29,7 @@ class Share:
 
     def take_off_input_gradient(self, dx: Tensor) -> None:
         """``dX -= Q W``, in place."""
-        part = dx[:, self.features]
-        part -= input_gradient(self.product, self.values, self.w, tuple(part.shape))
+        subtract_input_gradient(self.product, self.values, self.w, dx[:, self.features])
 
 
 def shares_of_output(product: Product, x: Tensor, columns: Tensor, w: Callable[[], Tensor]) -> list[Share]:
