@@ -50,11 +50,11 @@ def batch_norm(
         if count == 1:
             return None  # an error, which PyTorch words
         mean, variance = _moments(native, x)
-        with torch.no_grad():
-            if running_mean is not None:
-                running_mean.mul_(1 - momentum).add_(mean.float(), alpha=momentum)
-            if running_var is not None:
-                running_var.mul_(1 - momentum).add_((variance * (count / (count - 1))).float(), alpha=momentum)
+        if running_mean is not None:
+            running_mean.detach().mul_(1 - momentum).add_(mean.float(), alpha=momentum)
+        if running_var is not None:
+            unbiased = (variance * (count / (count - 1))).float()
+            running_var.detach().mul_(1 - momentum).add_(unbiased, alpha=momentum)
     elif running_mean is None or running_var is None:
         return None
     else:
@@ -117,7 +117,7 @@ class _BatchNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_batch: tuple[Tensor | None, ...] = (None, None, None)
             if training:
-                of_g, of_product = sums / len(rows)
+                of_g, of_product = (sums / rows.shape[0]).unbind()
                 of_batch = mean, (of_product * inverses.square()).float(), of_g.float()
             source, out = given if passed is None else passed, torch.empty_like(given)
 
@@ -148,8 +148,8 @@ def _by_torch(mean: Tensor, inverse: Tensor, how: tuple[bool, float, bool]) -> C
 def _moments(native: ModuleType, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel, float64."""
     rows = _rows(x)
-    center = rows[:: max(1, len(rows) // _SAMPLED)].mean(0)
-    first, second = _sums(native, rows, center) / len(rows)
+    center = rows[:: max(1, rows.shape[0] // _SAMPLED)].mean(0)
+    first, second = (_sums(native, rows, center) / rows.shape[0]).unbind()
     return center + first, (second - first.square()).clamp_(min=0)
 
 
@@ -195,7 +195,8 @@ class _Followed(TorchFunctionMode):
         """``func``, or what it is with all that follows."""
         if func is not F.batch_norm:
             return func(*args, **(kwargs or {}))
-        y = batch_norm(*args, **(kwargs or {}), residual=self.residual, relu=True)
+        with torch._C.DisableTorchFunction():  # or a mode around this one would be asked about each of its operations
+            y = batch_norm(*args, **(kwargs or {}), residual=self.residual, relu=True)
         if y is None:
             y = func(*args, **(kwargs or {}))
             y = F.relu(y if self.residual is None else y + self.residual)
