@@ -66,6 +66,12 @@ class WorkerError(TempoError):
         copy.worker = self.worker
         return copy
 
+    def named(self, layer: str, worker: int) -> Self:
+        """The same, about a layer and the worker with this number."""
+        copy = type(self)(f"layer {layer!r}: {self}")
+        copy.worker = worker
+        return copy
+
 
 class WorkerUnreachableError(WorkerError):
     """No connection could be made."""

@@ -85,12 +85,11 @@ def test_workers_forget_what_is_garbage_here(connect, monkeypatch):
     y = model(torch.ones(2, 4))
     del y
     gc.collect()
-    assert [numbers["weights"] for numbers in forgotten] == [()]
-    assert len(forgotten[0]["operands"]) == 1
+    assert [{what: len(numbers) for what, numbers in one.items()} for one in forgotten] == [{"operands": 1}]
     with torch.no_grad():
         model.weight += 1
     model(torch.ones(2, 4))
-    assert [len(numbers["weights"]) for numbers in forgotten if numbers["weights"]] == [1]
+    assert [len(one["weights"]) for one in forgotten if "weights" in one] == [1]
 
 
 def test_a_session_without_its_model_keeps_no_graph_alive(connect):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -24,11 +23,12 @@ from tempo.wire.messages import Product as ProductKind
 if TYPE_CHECKING:
     from tempo.engine.engine import Engine
 
+T = TypeVar("T")
+
 Wants = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-@dataclass(frozen=True, slots=True)
-class Posted:
+class Posted(NamedTuple):
     """Where and when a request went, as the worker's transcript will name it."""
 
     worker: int
@@ -48,9 +48,12 @@ class Batch:
         self.posted: dict[int, Posted] = {}
         self._checks: dict[tuple[str, int], AnswerCheck] = {}
         self._failed: dict[str, WorkerError] = {}
-        self._futures: dict[str, dict[int, Future[Any]]] = {}
+        self._futures: defaultdict[str, dict[int, Future[Any]]] = defaultdict(dict)
+
+    def __del__(self) -> None:
         # A gradient may never be asked for; its buffer is then given back with the next batch.
-        engine.give_back_after(self, self._futures)
+        for futures in self._futures.values():
+            self.engine.unread.extend(futures.items())
 
     def post(
         self,
@@ -63,7 +66,7 @@ class Batch:
         """Send ``message`` with the tensors of ``send`` to its worker; its answers, ``wants``, must pass ``checks``."""
         engine, worker = self.engine, send.worker
         link, trace = engine.links[worker], engine.stats.trace
-        with engine.stats.timed("wire", message.__name__, self.name), Named(engine, self.name, worker):
+        with engine.stats.timed("wire", message.__name__, self.name):
             exchange = None if trace is None else trace.request(str(link.address), message.__name__, self.name)
             request = message(step=engine.step, layer=self.layer, **fields)
             futures = link.request(
@@ -74,9 +77,9 @@ class Batch:
             )
         self.posted[worker] = Posted(worker, engine.step, link.last_id, self.layer)
         for name, future in futures.items():
-            self._futures.setdefault(name, {})[worker] = future
-        for name, check in (checks or {}).items():
-            self._checks[name, worker] = check
+            self._futures[name][worker] = future
+        if checks is not None:
+            self._checks.update({(name, worker): check for name, check in checks.items()})
 
     def acknowledged(self) -> list[int]:
         """Await the workers' acknowledgements of what needs no other answer.
@@ -84,11 +87,11 @@ class Batch:
         Returns:
             Workers that lack the weight that they were asked for by its digests.
         """
-        engine, lacking = self.engine, []
+        lacking = []
         for worker, future in self._futures.pop("", {}).items():
-            with engine.stats.timed("wire", "acknowledgement", self.name), Named(engine, self.name, worker):
+            with self.engine.stats.timed("wire", "acknowledgement", self.name):
                 try:
-                    future.result(timeout=engine.settings.request_timeout)
+                    self._result(worker, future)
                 except WorkerLacksWeightError:
                     lacking.append(worker)
         return lacking
@@ -97,23 +100,23 @@ class Batch:
         """Whether all answers called ``name`` are there, or will never be."""
         return all(future.done() for future in self._futures[name].values())
 
-    @contextmanager
-    def replies(self, name: str) -> Iterator[dict[int, Reply]]:
-        """The workers' answers called ``name``, to be decoded inside the context; their buffers are reused after it.
+    def decoded(self, name: str, decode: Callable[[dict[int, Reply]], T]) -> T:
+        """What ``decode`` makes of the workers' answers called ``name``, whose buffers are then used again.
 
         Raises:
             WorkerError: A worker failed, did not answer in time, or answered something else than the product, which
                 shows when it is decoded; names the layer and the worker.
         """
-        engine = self.engine
+        stats = self.engine.stats
         if name in self._failed:
             raise self._failed[name].bare()
         received: dict[int, Received] = {}
         try:
             self._receive(name, received)
-            with engine.stats.timed("mask", name, self.name):
-                yield dict(received)
-            engine.stats.decryptions[name if name in engine.stats.decryptions else "w"] += 1
+            with stats.timed("mask", name, self.name):
+                found = decode(dict(received))
+            stats.decryptions[name if name in stats.decryptions else "w"] += 1
+            return found
         except WorkerError as error:
             self._failed[name] = error.bare()
             raise
@@ -123,45 +126,29 @@ class Batch:
 
     def _receive(self, name: str, received: dict[int, Received]) -> None:
         """Await the answers called ``name``; ``received`` has those that came, even if a later one does not."""
-        engine, futures = self.engine, self._futures[name]
-        waited, trace = 0, engine.stats.trace
-        before = {worker: engine.links[worker].worker_nanoseconds for worker in futures}
+        engine, stats, futures = self.engine, self.engine.stats, self._futures[name]
+        before = [(engine.links[worker], engine.links[worker].worker_nanoseconds) for worker in futures]
+        waited = 0
         for worker in list(futures):
-            named = Named(engine, self.name, worker)
-            with named:
-                start = time.perf_counter_ns()
-                # Out of the batch whatever comes: what is left in it when something fails is given back with it.
-                with nullcontext() if trace is None else trace.span("wait", name, self.name):
-                    answer = futures.pop(worker).result(timeout=engine.settings.request_timeout)
-                waited += time.perf_counter_ns() - start
-                tensor = meant(self.kind, name, answer)
+            start = time.perf_counter_ns()
+            # Out of the batch whatever comes: what is left in it when something fails is given back with it.
+            with nullcontext() if stats.trace is None else stats.trace.span("wait", name, self.name):
+                answer = self._result(worker, futures.pop(worker))
+            waited += time.perf_counter_ns() - start
             check = self._checks.pop((name, worker), None)
-            received[worker] = Received(engine, worker, name, self.name, tensor, check, named)
-        computing = max(engine.links[worker].worker_nanoseconds - earlier for worker, earlier in before.items())
-        engine.stats.seconds["worker"] += min(waited, computing) / 1e9
-        engine.stats.seconds["wire"] += max(0, waited - computing) / 1e9
+            received[worker] = Received(engine, worker, name, self.name, meant(self.kind, name, answer), check)
+        computing = max(link.worker_nanoseconds - earlier for link, earlier in before)
+        stats.seconds["worker"] += min(waited, computing) / 1e9
+        stats.seconds["wire"] += max(0, waited - computing) / 1e9
 
-
-@final
-class Named:
-    """Adds a layer's name to whatever goes wrong inside, at one of its workers."""
-
-    __slots__ = ("_engine", "_layer", "_worker")
-
-    def __init__(self, engine: Engine, layer: str, worker: int) -> None:
-        self._engine, self._layer, self._worker = engine, layer, worker
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, FutureTimeoutError):
-            lost = WorkerLostError(
-                f"layer {self._layer!r}: worker {self._engine.links[self._worker].address} did not answer within "
-                f"{self._engine.settings.request_timeout:g} s (setting request_timeout)"
-            )
-            lost.worker = self._worker
-            raise lost from None
-        if isinstance(error, WorkerError):
-            named = type(error)(f"layer {self._layer!r}: {error}")
-            named.worker = self._worker
-            raise named from error
+    def _result(self, worker: int, future: Future[Any]) -> Any:
+        """What a worker answered; else the error, which names the layer."""
+        timeout = self.engine.settings.request_timeout
+        try:
+            return future.result(timeout)
+        except WorkerError as error:
+            raise error.named(self.name, worker) from error
+        except TimeoutError:
+            address = self.engine.links[worker].address
+            late = f"worker {address} did not answer within {timeout:g} s (setting request_timeout)"
+            raise WorkerLostError(late).named(self.name, worker) from None

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import prod
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from tempo.wire.tensors import NAMES, PACKED
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(NamedTuple):
     """A tensor of a message: what names it there, where it lies, and its bytes."""
 
     ref: TensorRef

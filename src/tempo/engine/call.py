@@ -72,8 +72,7 @@ class WeightGradients:
     def _await(self) -> list[Tensor]:
         assert self._encoded is not None  # noqa: S101 - until it was awaited
         try:
-            with self._batch.replies("dw") as replies:
-                return self._encoded.decode_weight_gradient(replies, self._call.sizes)
+            return self._batch.decoded("dw", partial(self._encoded.decode_weight_gradient, sizes=self._call.sizes))
         except WorkerError as error:
             if self._operands is None:
                 raise
@@ -131,7 +130,10 @@ class Call:
         self._resent: Batch | None = None
         if keep:
             self.operand = product.engine.new_number()
-            product.engine.forget_after(self, list(self.shapes_x), operand=self.operand)
+
+    def __del__(self) -> None:
+        for worker in self.shapes_x if self.operand else ():
+            self.product.engine.links[worker].forget(operands=[self.operand])
 
     def begin(self) -> Batch:
         """Send ``x~``."""
@@ -155,10 +157,12 @@ class Call:
         engine = self.product.engine
         self.stored.confirm()
         at_once = self._adds_at_once()
-        with batch.replies("y") as replies:
-            outputs = self.encoded.decode_output(
+        outputs = batch.decoded(
+            "y",
+            lambda replies: self.encoded.decode_output(
                 replies, self.sizes, () if engine.truth else biases, added if at_once else ()
-            )
+            ),
+        )
         if engine.truth is not None:
             self._record(batch, x, outputs)
             add_biases(outputs, biases)
@@ -344,8 +348,8 @@ class Call:
             engine.settle()  # while workers compute what was just sent
             dx, at_once = None, self._adds_at_once()
             if want_dx:
-                with batch.replies("dx") as replies:
-                    dx = encoded.decode_input_gradient(replies, added if at_once else None)
+                here = added if at_once else None
+                dx = batch.decoded("dx", lambda replies: encoded.decode_input_gradient(replies, here))
             if engine.truth is not None:
                 for operand in encoded.operands:
                     plain = {"g": _part(g, operand)} | ({} if dx is None else {"dx": dx[operand.rows]})

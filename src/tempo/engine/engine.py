@@ -36,10 +36,6 @@ if TYPE_CHECKING:
     from tempo.engine.residence import Residence, Terms
 
 
-Futures = dict[str, dict[int, Future[Any]]]
-"""Answers by name and worker."""
-
-
 class Engine:
     """What the products of one session share.
 
@@ -66,13 +62,15 @@ class Engine:
         self.planner = Planner(settings, links)
         self.crew = Crew(links, self.planner.shares, recall, settings.patience)
         self.crew.check(scheme)
+        self.links = self.crew.links
+        """Connections to all workers that ever took part, by number."""
         self.verifier = Verifier(settings.verify)
         self.sharing = InputSharing()
         self.public = PublicWeights()
         self.step = 0
         self.truth = truth
-        self._awaited: dict[int, Futures] = {}
-        self._abandoned: deque[Futures] = deque()  # appended to by finalizers, which must not take locks
+        self.unread: deque[tuple[int, Future[Any]]] = deque()
+        """Answers that nobody will ask for, by worker: finalizers, which must not take locks, add to it."""
         self.terms: Callable[[Sequence[Tensor]], Terms | None] = lambda _: None
         """How workers update weights, or None where this side does; `Session.optimizer` sets it."""
         self.together: Callable[[Sequence[Tensor]], bool] = lambda _: True
@@ -85,11 +83,6 @@ class Engine:
         self._backward_since_step = False
         self._warned: set[str] = set()
         self._open = True
-
-    @property
-    def links(self) -> list[Link]:
-        """Connections to all workers that ever took part, by number."""
-        return self.crew.links
 
     # --- numbers and time ---------------------------------------------------------------------------------------
 
@@ -165,19 +158,12 @@ class Engine:
 
     def batch(self, product: Product) -> Batch:
         """A batch of requests for one product, one to each worker that takes part."""
-        while self._abandoned:
-            for futures in self._abandoned.popleft().values():
-                for worker, future in futures.items():
-                    future.add_done_callback(partial(self._release_unread, worker))
+        while self.unread:
+            worker, future = self.unread.popleft()
+            future.add_done_callback(partial(self._release_unread, worker))
         if self.truth is not None:
             self.truth.named(product.number, product.name)
         return Batch(self, product.name, product.number, product.kind)
-
-    def give_back_after(self, owner: object, futures: Futures) -> None:
-        """Give buffers of answers back that nobody read, once ``owner`` is garbage here."""
-        number = self.new_number()
-        self._awaited[number] = futures
-        weakref.finalize(owner, _abandon, weakref.ref(self), number)
 
     def settle(self) -> None:
         """Take the weight gradients that have arrived, so that nothing is kept for their sake any longer."""
@@ -188,10 +174,6 @@ class Engine:
     def _release_unread(self, worker: int, future: Future[Any]) -> None:
         if future.exception() is None and future.result() is not None:
             self.links[worker].buffers.release(future.result())
-
-    def forget_after(self, owner: object, workers: Sequence[int], weight: int = 0, operand: int = 0) -> None:
-        """Let ``workers`` drop a weight or an operand once ``owner`` is garbage here."""
-        weakref.finalize(owner, _forget, weakref.ref(self), workers, weight, operand)
 
     # --- state --------------------------------------------------------------------------------------------------
 
@@ -230,22 +212,3 @@ class Engine:
         """Close all links. Idempotent."""
         self._open = False
         self.crew.close()
-
-
-def _abandon(engine: weakref.ref[Engine], number: int) -> None:
-    """Not the futures themselves: errors in them know frames, which know their owner, and would keep it for good."""
-    alive = engine()
-    if alive is not None:
-        alive._abandoned.append(alive._awaited.pop(number))
-
-
-def _forget(engine: weakref.ref[Engine], workers: Sequence[int], weight: int, operand: int) -> None:
-    """Tell workers, unless the engine is garbage, too: a finalizer that held it would keep it, and all else, for good.
-
-    Safe in finalizers: nothing is sent before the next request.
-    """
-    alive = engine()
-    if alive is None:
-        return
-    for worker in workers:
-        alive.links[worker].forget(weights=(weight,) if weight else (), operands=(operand,) if operand else ())

@@ -13,9 +13,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from itertools import count
-from typing import Final, Self, final
+from typing import Final, NamedTuple, Self, final
 
 import msgspec
 import torch
@@ -69,8 +68,7 @@ _IDS: Final = count(1)  # unique over the links of a process: transcripts of sev
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class _Want:
+class _Want(NamedTuple):
     """An answer that is due: exactly this reference, into this place."""
 
     answer: Placed
@@ -78,8 +76,7 @@ class _Want:
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class _Pending:
+class _Pending(NamedTuple):
     """A request in flight. Who pops a want, or the request itself, is the one to resolve its future."""
 
     request: Request
@@ -182,8 +179,6 @@ class Link:
         sent = [self.buffers.operand(name, tensor) for name, tensor in tensors.items()]
         due = {name: _Want(self.buffers.answer(name, *layout), Future()) for name, layout in wants.items()}
         futures = {name: want.future for name, want in due.items()}
-        for future in futures.values():
-            future.set_running_or_notify_cancel()
         acknowledged: Future[None] | None = None if due else Future()
         with self._lock:
             self.last_id = next(_IDS)
@@ -199,7 +194,8 @@ class Link:
     def forget(self, weights: Iterable[int] = (), operands: Iterable[int] = (), gradients: Iterable[int] = ()) -> None:
         """Let the worker drop these, before the next request. Only takes note, so finalizers may call it."""
         for what, numbers in ("weights", weights), ("operands", operands), ("gradients", gradients):
-            self._forgotten.extend((what, number) for number in numbers)
+            for number in numbers:
+                self._forgotten.append((what, number))
 
     def measure(self) -> Measurement:
         """Measure the worker and the way to it by probes: well under a second in all."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, final
 
 from torch import Tensor
@@ -30,7 +29,6 @@ class Received(Reply):
         layer: Whose it is, for messages and traces.
         tensor: As it came; `release` gives it back.
         check: Its check, or None.
-        named: Adds the layer to errors.
     """
 
     def __init__(
@@ -41,18 +39,17 @@ class Received(Reply):
         layer: str,
         tensor: Tensor,
         check: AnswerCheck | None,
-        named: AbstractContextManager[None],
     ) -> None:
         self.shape = tensor.shape
-        self._engine, self._link = engine, engine.links[worker]
+        self._engine, self._worker, self._link = engine, worker, engine.links[worker]
         self._name, self._layer = name, layer
-        self._tensor, self._check, self._named = tensor, check, named
+        self._tensor, self._check = tensor, check
 
     def checked(self) -> Tensor:
         """The answer, after its check, which reads a copy where it lay in shared memory."""
         check, self._check = self._check, None
         if check is not None:
-            with self._named, self._engine.stats.timed("verify", self._name, self._layer):
+            with self._engine.stats.timed("verify", self._name, self._layer):
                 came, into = self._tensor, self._room()
                 try:
                     residual = check.judge(came, into)
@@ -71,7 +68,7 @@ class Received(Reply):
             unmask(self._tensor, watch=watch)
             if watch.seen:
                 self._check = None
-                with self._named, self._engine.stats.timed("verify", self._name, self._layer):
+                with self._engine.stats.timed("verify", self._name, self._layer):
                     lengths = watch.lengths.add_(lost(watch.sums.dtype, watch.vectors.shape[1]))
                     self._judge(check.judge_sums(Sums(watch.sums, lengths), self._tensor.dtype))
                 return
@@ -80,11 +77,8 @@ class Received(Reply):
     def wrong(self, row: int) -> WorkerLiedError:
         """Names worker, layer and step."""
         engine = self._engine
-        try:
-            with self._named:
-                raise engine.verifier.lie(str(self._link.address), engine.step, self._name, self._tensor, f"row {row}")
-        except WorkerLiedError as error:
-            return error
+        lie = engine.verifier.lie(str(self._link.address), engine.step, self._name, self._tensor, f"row {row}")
+        return lie.named(self._layer, self._worker)
 
     def release(self) -> None:
         """Give the memory back."""
@@ -102,4 +96,7 @@ class Received(Reply):
 
     def _judge(self, residual: Residual) -> None:
         engine = self._engine
-        engine.verifier.judge(str(self._link.address), engine.step, self._name, self._tensor, residual)
+        try:
+            engine.verifier.judge(str(self._link.address), engine.step, self._name, self._tensor, residual)
+        except WorkerLiedError as error:
+            raise error.named(self._layer, self._worker) from error

@@ -266,8 +266,7 @@ class Residence:
         batch.post(self._bare, Fetch, dict(wants), checks, weight=self.stored.number)
         fetched = {}
         for name in wants:
-            with batch.replies(name) as replies:
-                fetched[name] = replies[self.target.worker].checked().clone()
+            fetched[name] = batch.decoded(name, lambda replies: replies[self.target.worker].checked().clone())
         return fetched
 
     def _restore(self, plain: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from math import prod
 from types import SimpleNamespace
 from typing import Any, Final, final
@@ -140,7 +140,7 @@ class SampleRun:
         # What `Received` needs of an engine: its answers do not lie in shared memory, and are all right.
         link = SimpleNamespace(address="here", buffers=Buffers(Segments(), shared=False, packs=False))
         engine: Any = SimpleNamespace(links=[link], stats=self._stats, verifier=Verifier("always"), step=0)
-        return Received(engine, 0, name, "", answer, check, nullcontext())
+        return Received(engine, 0, name, "", answer, check)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

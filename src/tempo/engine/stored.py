@@ -46,19 +46,18 @@ class StoredWeight:
         public: Sequence[int] = (),
         sendable: bool = True,
     ) -> None:
-        engine = product.engine
+        self._links = product.engine.links
         self.encoded = encoded
         self.dtype = dtype
         self.workers = [target.worker for target in targets]
         self.shapes_w = {operand.worker: tuple(operand.tensors["w"].shape) for operand in encoded.operands}
-        self.number = engine.new_number()
+        self.number = product.engine.new_number()
         self.rows_served = 0
-        self.banned = len(engine.crew.banned)
+        self.banned = len(product.engine.crew.banned)
         self.checks = checks
-        batch = engine.batch(product)
+        batch = product.engine.batch(product)
         self.unconfirmed: list[Batch] = [batch]
         """What workers were asked to do to the weight, and need only acknowledge."""
-        engine.forget_after(self, self.workers, weight=self.number)
         there = self._found(batch, encoded.operands, public) if public else set()
         if not sendable:
             self._demand(product, there)
@@ -68,6 +67,10 @@ class StoredWeight:
         self.posted = list(batch.posted.values())
         if public:
             encoded.operands.clear()  # what anyone may have is not kept here, too
+
+    def __del__(self) -> None:
+        for worker in self.workers:
+            self._links[worker].forget(weights=[self.number])
 
     def _found(self, batch: Batch, operands: Sequence[Operand], public: Sequence[int]) -> set[int]:
         """Have workers take the weight from a checkpoint of their own; returns those that could."""
