@@ -10,7 +10,7 @@ else, and workers compute ``dW`` while the backward pass goes on. Since ``dW`` s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from typing import Any, TypeVar, cast
 
 import torch
@@ -78,7 +78,7 @@ class _Offload(torch.autograd.Function):
         *differentiable: Tensor | None,
     ) -> tuple[Tensor, ...]:
         weights, of_members = [member.weight for member in members], [member.adapter for member in members]
-        with torch.autocast(x.device.type, enabled=False):
+        with torch._C._DisableAutocast():
             adapters = Adapters(of_members, x.dtype) if any(of_members) else None
             biases, keep = [member.bias for member in members], any(p is not None for p in pending)
             outputs, call = product.call(x, weights, biases, adapters, keep=keep)
@@ -104,8 +104,13 @@ class _Offload(torch.autograd.Function):
             for first in range(0, len(needs), members)
         )
         used = [g for g in gradients if g is not None]
-        # Unpacked once at most: under `torch.utils.checkpoint` each time would recompute.
-        saved = cache(partial(_saved, ctx))
+        unpacked: list[tuple[Tensor, list[Tensor]]] = []
+
+        def saved() -> tuple[Tensor, list[Tensor]]:
+            if not unpacked:  # once at most: under `torch.utils.checkpoint` each time would recompute
+                unpacked.append(_saved(ctx))
+            return unpacked[0]
+
         finish: Finish | None = None
         if used and (needs_x or any(needs_w)):
             whole = [used[0].new_zeros(s) if g is None else g for g, s in zip(gradients, ctx.shapes, strict=True)]
@@ -152,7 +157,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
         if not (here and part.dim() == 2 and part.stride() == first.stride() and part.stride(1) == 1):
             return torch.cat(list(parts), 1)
         end += part.shape[1]
-    return first.as_strided((len(first), end - first.storage_offset()), first.stride())
+    return first.as_strided((first.shape[0], end - first.storage_offset()), first.stride())
 
 
 def _totals(
@@ -164,7 +169,7 @@ def _totals(
     product = ctx.product
     with product.engine.stats.timed("mask", "g", product.name):
         if total is not None:
-            totals: Sequence[Tensor | None] = total.split([shape[1] for shape in ctx.shapes])
+            totals: Sequence[Tensor | None] = total.split_with_sizes([shape[1] for shape in ctx.shapes])
         else:
             # Exact schemes notice by themselves what is not finite, so that frozen biases need no sums.
             needless = product.scheme.traits.exact

@@ -219,7 +219,7 @@ class Call:
             if rows is not None and want_dw:
                 self.residence.end("rows of its output gradient are zero")
         elements, (x, w) = product.engine.stats.elements, self.shapes
-        live = x[0] if rows is None else len(rows)  # zeros need not travel
+        live = x[0] if rows is None else rows.shape[0]  # zeros need not travel
         elements["g"] += live * prod(g.shape[1:])
         elements["dx"] += want_dx * live * prod(x[1:])
         elements["dw"] += (want_dw and self.residence is None) * prod(w)

@@ -19,7 +19,7 @@ class Fingerprint:
 
     def __init__(self, w: Tensor) -> None:
         w = w.detach()
-        flat = w.reshape(len(w), -1)
+        flat = w.reshape(w.shape[0], -1)
         key = (flat.shape[1], w.dtype)
         # Half precisions would round away what moved.
         dtype = torch.promote_types(w.dtype, torch.float32)

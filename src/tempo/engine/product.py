@@ -103,7 +103,7 @@ class Product:
                 added = [None] * len(weights) if adapters is None else adapters.added(x)  # while workers compute
                 end, found = 0, []
                 for call, batch, piece in zip(calls, batches, pieces, strict=True):
-                    rows = slice(end, end := end + len(piece))
+                    rows = slice(end, end := end + piece.shape[0])
                     of_piece = [None if one is None else one.of_rows(rows) for one in added]
                     found.append(call.finish(batch, piece, biases, of_piece))
                 if len(calls) == 1:
@@ -141,7 +141,7 @@ class Product:
         """In how many parts to send ``x``. Convolutions have few rows, and resident weights sum over all of them."""
         if not isinstance(self.kind, Linear) or self.engine.settings.update != "trusted":
             return 1
-        shape_w = sum(len(w) for w in weights), weights[0].shape[1]
+        shape_w = sum(w.shape[0] for w in weights), weights[0].shape[1]
         return self.engine.planner.parts(self.scheme, (x.shape[0], x.shape[1]), shape_w, x.dtype, training=keep)
 
     def _encode(
@@ -158,7 +158,8 @@ class Product:
         """
         engine = self.engine
         engine.keys.check_process()
-        shape_w = (sum(len(w) for w in weights), *weights[0].shape[1:])
+        sizes = [w.shape[0] for w in weights]
+        shape_w = (sum(sizes), *weights[0].shape[1:])
         work = flops(self.kind, tuple(x.shape), shape_w)
         residence = self._settled(x, weights, keep) if first is None else None
         weight: Recall
@@ -193,7 +194,7 @@ class Product:
             encoded,
             weight,
             (tuple(x.shape), shape_w),
-            [len(w) for w in weights],
+            sizes,
             keep,
             residence,
             checks,
@@ -215,7 +216,7 @@ class Product:
         """Where the weights live for this call: None, and here, or on a worker, where they may be taken just now."""
         engine, here = self.engine, self.residence
         # Rows that a scheme adds would have to be taken off ``dW``, which workers keep.
-        whole = not keep or self.scheme.rows_sent(len(x)) == len(x)
+        whole = not keep or self.scheme.rows_sent(x.shape[0]) == x.shape[0]
         if here is not None and here.holds(weights) and here.dtype == x.dtype and whole and not here.due:
             return here
         for residence in {here, *map(residence_of, weights)}:
@@ -238,10 +239,10 @@ class Product:
         engine = self.engine
         if engine.settings.update != "auto":
             return True
-        shape_w = (sum(len(w) for w in weights), *weights[0].shape[1:])
+        shape_w = (sum(w.shape[0] for w in weights), *weights[0].shape[1:])
         work = flops(self.kind, tuple(x.shape), shape_w)
-        workers = len(engine.targets(self.number, len(x), work, self.scheme.traits.operators))
-        return update_cost(len(x), engine.settings.rekey_rows, len(states(terms.rule(0))), workers).saved > 0
+        workers = len(engine.targets(self.number, x.shape[0], work, self.scheme.traits.operators))
+        return update_cost(x.shape[0], engine.settings.rekey_rows, len(states(terms.rule(0))), workers).saved > 0
 
     def _store(
         self, weights: Sequence[Tensor], sources: Sequence[Tensor], targets: Sequence[Target], again: bool
@@ -291,7 +292,7 @@ class Product:
             targets,
             weights[0].dtype,
             {} if self.scheme.traits.exact else engine.verifier.weights(self, encoded.operands, begun),
-            public=[len(source) for source in sources] if public else (),
+            public=[source.shape[0] for source in sources] if public else (),
             sendable=not public or all(map(engine.public.may_be_sent, sources)),
         )
         if engine.truth is not None:

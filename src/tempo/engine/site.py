@@ -193,7 +193,7 @@ class Site:
         """Place this call, and account for it."""
         dtype = compute_dtype(x, weight)
         self._cost = cost = flops(kind, shape, tuple(weight.shape))
-        self.outputs = len(weight)
+        self.outputs = weight.shape[0]
         out_of_reach = None
         if self.keep_trusted is not None:
             decision = Decision(False, self.keep_trusted)

@@ -34,7 +34,7 @@ def encode(message: ToWorker | ToTrusted) -> bytes:
     header = _ENCODER.encode(message)
     if len(header) > HEADER_LIMIT:
         raise ValueError(f"{type(message).__name__} header of {len(header)} bytes exceeds {HEADER_LIMIT}")
-    return PREFIX.pack(MAGIC, len(header), sum(size_of(ref) for ref in inline(message))) + header
+    return PREFIX.pack(MAGIC, len(header), sum(map(size_of, inline(message)))) + header
 
 
 def parse_prefix(prefix: bytes | bytearray | memoryview) -> tuple[int, int]:
@@ -86,7 +86,7 @@ def decode(
 
 def inline(message: ToWorker | ToTrusted) -> list[TensorRef]:
     """The tensors whose bytes follow the header."""
-    return [ref for ref in _references(message)[0] if ref.segment < 0]
+    return [ref for ref in getattr(message, "tensors", ()) if ref.segment < 0]
 
 
 def _references(message: object) -> tuple[tuple[TensorRef, ...], tuple[TensorRef, ...]]:

@@ -9,29 +9,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tempo.wire.messages import Conv, Product, Shape
+from tempo.wire.messages import Product, Shape
 
 _MAPS = ("x", "y", "g", "dx")
 
 
 def sent(product: Product, name: str, t: Tensor) -> Tensor:
     """The tensor ``name`` of a message, with axes in the order in which they travel: a view."""
-    return t.movedim(1, -1) if _moves(product, name) else t
+    return t.movedim(1, -1) if product.channels_last and name in _MAPS else t
 
 
 def meant(product: Product, name: str, t: Tensor) -> Tensor:
     """A tensor that travelled, with channels on axis 1: a view."""
-    return t.movedim(-1, 1) if _moves(product, name) else t
+    return t.movedim(-1, 1) if product.channels_last and name in _MAPS else t
 
 
 def sent_shape(product: Product, name: str, shape: Shape) -> Shape:
     """The shape in which a tensor travels."""
-    return (shape[0], *shape[2:], shape[1]) if _moves(product, name) else shape
+    return (shape[0], *shape[2:], shape[1]) if product.channels_last and name in _MAPS else shape
 
 
 def meant_shape(product: Product, name: str, shape: Shape) -> Shape:
     """The shape of a tensor that travels in ``shape``, with channels on axis 1."""
-    return (shape[0], *shape[-1:], *shape[1:-1]) if _moves(product, name) else shape
+    return (shape[0], *shape[-1:], *shape[1:-1]) if product.channels_last and name in _MAPS else shape
 
 
 def is_last(t: Tensor) -> bool:
@@ -49,7 +49,3 @@ def empty_like(t: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
 def maps(product: Product, shape: Shape, dtype: torch.dtype) -> Tensor:
     """Room for ``x``, ``y``, ``g`` or ``dx``, with axes in the order in which they travel."""
     return meant(product, "x", torch.empty(sent_shape(product, "x", shape), dtype=dtype))
-
-
-def _moves(product: Product, name: str) -> bool:
-    return isinstance(product, Conv) and product.channels_last and name in _MAPS

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import final
 
@@ -25,6 +26,7 @@ Memory = mmap.mmap | np.ndarray
 """A writable stretch of memory: pages of our own, shared or not; or (bytes of) what a device has pinned."""
 
 
+@lru_cache(1024)
 def rounded(size: int) -> int:
     """Round up to one of four sizes per power of two, so that similar requests share blocks."""
     step = 1 << max(6, size.bit_length() - 3)

@@ -7,7 +7,7 @@ to compute, and nothing else. See ``docs/wire.md``.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -60,6 +60,8 @@ class _Request(_Struct, frozen=True, kw_only=True):
 class Linear(_Struct, frozen=True, tag="linear"):
     """``Y = X Wᵀ``: x is T×d, w is m×d (PyTorch's layout), y is T×m."""
 
+    channels_last: ClassVar = False
+
 
 class Conv(_Struct, frozen=True, tag="conv"):
     """A convolution over one to three spatial axes, without bias; x is N×C×…, w is O×(C/groups)×….
@@ -80,6 +82,8 @@ class Residues(_Struct, frozen=True, tag="residues"):
     ``p`` and residues are those of `tempo.wire.residues`. There is no ``dw``. Instead of ``x`` or ``g`` may come a
     ``seed``, 32 bytes of uint8, of which the worker expands it.
     """
+
+    channels_last: ClassVar = False
 
 
 Product = Linear | Conv | Residues

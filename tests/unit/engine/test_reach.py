@@ -41,12 +41,19 @@ def exported(model: nn.Module) -> Tensor:
     return torch.export.export(nn.Sequential(model), (torch.ones(4, 4),), strict=False).module()(torch.eye(4))
 
 
+def exported_for_any_batch(model: nn.Module) -> Tensor:
+    shapes = ({0: torch.export.Dim("batch", min=2)},)
+    return torch.export.export(model, (torch.ones(3, 4),), dynamic_shapes=shapes, strict=False).module()(torch.eye(4))
+
+
 def double(model: nn.Module) -> Tensor:
     return model.double()(torch.eye(4, dtype=torch.float32).double())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:Sparse CSR")
-@pytest.mark.parametrize("use", [sparse, nested, gradients_per_sample, forward_mode, traced, exported])
+@pytest.mark.parametrize(
+    "use", [sparse, nested, gradients_per_sample, forward_mode, traced, exported, exported_for_any_batch]
+)
 def test_what_cannot_be_sent_is_computed_here(connect, use: Callable[[nn.Module], Tensor]):
     torch.manual_seed(0)
     plain = nn.Linear(4, 3)
