@@ -53,7 +53,8 @@ class Batch:
     def __del__(self) -> None:
         # A gradient may never be asked for; its buffer is then given back with the next batch.
         for futures in self._futures.values():
-            self.engine.unread.extend(futures.items())
+            if futures:
+                self.engine.unread.extend(futures.items())
 
     def post(
         self,

@@ -171,7 +171,9 @@ class Product:
             sources = [w.detach() for w in weights]
             here = [w.to(x.dtype) for w in sources]
             targets = engine.targets(self.number, x.shape[0], work, self.scheme.traits.operators)
-            stored, weight = self._store(here, sources, targets, again), partial(_whole, here)
+            weight = partial(_whole, here)
+            with engine.stats.timed("mask", "w", self.name):
+                stored = self._store(here, sources, targets, again)
         checks = engine.verifier.inputs(self, stored.checks, targets, keep=keep and residence is None, want_y=not again)
         tallies = engine.verifier.tallies(engine, {worker: check.tally() for worker, check in checks.items()})
         with engine.stats.timed("mask", "x", self.name):
@@ -250,9 +252,8 @@ class Product:
         """The weight on the workers: the one that is there while it holds, else freshly masked."""
         engine, stored = self.engine, self._stored
         lasting, public = not self.scheme.traits.fresh_every_call, self.scheme.traits.public_weights
-        with engine.stats.timed("mask", "w", self.name):
-            look = engine.public.fingerprint if public else Fingerprint  # `Site.secret` has just looked at public ones
-            fingerprint = [look(w) for w in sources] if lasting else []
+        look = engine.public.fingerprint if public else Fingerprint  # `Site.secret` has just looked at public ones
+        fingerprint = [look(w) for w in sources] if lasting else []
         if (
             lasting
             and stored is not None
@@ -264,24 +265,23 @@ class Product:
         ):
             return stored
         self._stored = None  # lets go of the old masks even if what follows fails
-        with engine.stats.timed("mask", "w", self.name):
-            w = _whole(sources if public else weights)  # integers are made of a public one as everyone has it
-            if public and not all(engine.public.holds(source) for source in sources):
-                raise UnsafeError(
-                    f"layer {self.name!r}: its weight is not the one that was protected as public; it was not sent"
-                )
-            as_it_is = all(one is source for one, source in zip(weights, sources, strict=True))
-            if not (as_it_is and fingerprint and all(one.finite for one in fingerprint)):
-                self.check_finite(w, "weight")
-            begun: dict[int, tuple[WeightCheck, Tally]] = {}
-            encoded = self.scheme.encode_weight(
-                self.problem(w.dtype),
-                w,
-                engine.keys.fresh(self.number, "w"),
-                targets,
-                engine.empty,
-                partial(engine.verifier.tally_of_weight, self, begun),
+        w = _whole(sources if public else weights)  # integers are made of a public one as everyone has it
+        if public and not all(engine.public.holds(source) for source in sources):
+            raise UnsafeError(
+                f"layer {self.name!r}: its weight is not the one that was protected as public; it was not sent"
             )
+        as_it_is = all(one is source for one, source in zip(weights, sources, strict=True))
+        if not (as_it_is and fingerprint and all(one.finite for one in fingerprint)):
+            self.check_finite(w, "weight")
+        begun: dict[int, tuple[WeightCheck, Tally]] = {}
+        encoded = self.scheme.encode_weight(
+            self.problem(w.dtype),
+            w,
+            engine.keys.fresh(self.number, "w"),
+            targets,
+            engine.empty,
+            partial(engine.verifier.tally_of_weight, self, begun),
+        )
         engine.stats.encryptions["w"] += 1
         if not again:
             engine.stats.elements["w"] += w.numel()

@@ -91,12 +91,12 @@ class Stream(ABC):
     @final
     def write(self, buffers: Sequence[memoryview], descriptor: int | None = None) -> None:
         """Write all ``buffers``; a file ``descriptor`` travels with the first byte (Unix sockets)."""
-        queue = [buffer for buffer in buffers if len(buffer)]
+        queue = [buffer for buffer in buffers if buffer.nbytes]
         while queue:
             count = self._write_some(queue, descriptor)
             descriptor = None
-            while queue and count >= len(queue[0]):
-                count -= len(queue.pop(0))
+            while queue and count >= queue[0].nbytes:
+                count -= queue.pop(0).nbytes
             if count:
                 queue[0] = queue[0][count:]
 
