@@ -56,6 +56,22 @@ def test_bench_counts_what_trusted_layers_take_and_give():
     assert found.total == 7 * y.nbytes
 
 
+def test_bench_counts_sums_and_attention_within_the_model():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + nn.functional.scaled_dot_product_attention(x, x, x)
+
+    model, x = Attention(), torch.zeros(2, 1, 3, 4, requires_grad=True)
+    with LayerBytes(model) as found:
+        y = model(x)
+        y + y  # not the model's
+    assert found.total == 2 * (4 + 3) * x.nbytes
+
+
 def test_bench_averages_over_the_steps_that_weights_on_workers_keep_their_masks(monkeypatch):
     monkeypatch.setitem(bench.WORKLOADS, "tiny", tiny)
 

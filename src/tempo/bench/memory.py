@@ -6,11 +6,14 @@ Masks, checks and trusted layers do a few operations for every number that they 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
@@ -20,24 +23,37 @@ from tempo.engine.site import Site
 from tempo.engine.stats import Stats
 from tempo.schemes.base import Traits
 
+_SUMS: Final = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+
 
 class LayerBytes:
-    """A context that counts what trusted layers without parts take and give, once forward and once backward.
+    """A context that counts what trusted layers without parts take and give, once forward and once backward; attention
+    and sums, too, which are functions.
 
-    Not counted: layers whose products went out, what gives out its input (dropout of nothing, a view), and functions
-    that are no modules, attention and sums among them.
+    Not counted: layers whose products went out, what gives out its input (dropout of nothing, a view), other functions.
 
     Attributes:
         total: Bytes so far.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._leaves = [module for module in model.modules() if not any(module.children())]
+        self._model = model
         self._hooks: list[RemovableHandle] = []
         self.total = 0
 
     def __enter__(self) -> Self:
-        self._hooks = [leaf.register_forward_hook(self._count) for leaf in self._leaves]
+        leaves = [module for module in self._model.modules() if not any(module.children())]
+        functions = _Functions(self._count)
+
+        def begin(*_: Any) -> None:
+            functions.__enter__()
+
+        # Entered within the model: the mode that a protected one runs in would take attention from one around it.
+        self._hooks = [
+            *(leaf.register_forward_hook(self._count_layer) for leaf in leaves),
+            self._model.register_forward_pre_hook(begin),
+            self._model.register_forward_hook(lambda *_: functions.__exit__(None, None, None)),
+        ]
         return self
 
     def __exit__(
@@ -46,16 +62,34 @@ class LayerBytes:
         for hook in self._hooks:
             hook.remove()
 
-    def _count(self, module: nn.Module, given: Any, output: Any) -> None:
+    def _count_layer(self, module: nn.Module, given: Any, output: Any) -> None:
         site: Site | None = vars(module).get("_tempo")
-        if site is not None and site.usage.offloaded:
-            return
+        if site is None or not site.usage.offloaded:
+            self._count(given, output)
+
+    def _count(self, given: Any, output: Any) -> None:
         inputs, outputs = (
             [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (given, output)
         )
         if {t.data_ptr() for t in inputs} & {t.data_ptr() for t in outputs}:
             return
         self.total += sum((1 + t.requires_grad) * t.nbytes for t in (*inputs, *outputs))
+
+
+class _Functions(TorchFunctionMode):
+    """Tells ``count`` what attention and sums take and give."""
+
+    def __init__(self, count: Callable[[Any, Any], None]) -> None:
+        super().__init__()
+        self._count = count
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention or func.__name__ in _SUMS:
+            self._count((args, kwargs), result)
+        return result
 
 
 def travelling(used: Stats, wire_dtype: str, traits: Traits) -> dict[str, int]:
