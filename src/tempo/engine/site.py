@@ -156,8 +156,9 @@ class Site:
 
     def _pointwise(self, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Conv) -> Tensor:
         """A 1×1 convolution is a fully connected layer over pixels, so its rows get a full row mask."""
-        strided = x[(slice(None), slice(None), *(slice(None, None, step) for step in kind.stride))]
-        pixels = strided.movedim(1, -1)
+        kept = (slice(None), *(slice(None, None, step) for step in kind.stride))
+        last = x.movedim(1, -1)  # picked as axes lie: so do those of the gradient that autograd fills up with zeros
+        pixels = last[kept] if kind.channels_last else x[(slice(None), *kept)].movedim(1, -1)
         (y,) = self.compute(self._product(Linear()), pixels, [Operands(weight.flatten(1), bias)])
         return _as_maps(y, kind)
 
