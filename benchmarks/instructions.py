@@ -78,6 +78,8 @@ def kernels() -> dict[str, tuple[Call, int]]:
         "sums of rows, copying": ((native.sums, (x, y, v, *of_rows)), size),
         "sums of rows and columns": ((native.sums, (x, None, v, *of_rows, q, *of_columns)), size),
         "sums of rows and columns, bfloat16": ((native.sums, (half, None, v, *of_rows, q, *of_columns)), size),
+        "sums over taps": (over_taps(back=False), ROWS * 64),
+        "sums over taps, back": (over_taps(back=True), ROWS * 64),
         "comparison of sums": ((native.compare, comparison()), ROWS * COLUMNS),
         "expand a seed": ((native.expand, (SEED, 0, integers.reshape(-1), (1 << 31) - 3)), size),
         "share": (share(x, 1), size),
@@ -154,6 +156,19 @@ def sandwich(x: Any, y: Any, rows: Any, columns: Any, watch: Any = None, plus: A
     from tempo import _kernels as native
 
     return native.sandwich, (x, rows, columns, [y], 0, [None], watch, plus, tally)
+
+
+def over_taps(*, back: bool) -> Call:
+    """Sums of three images of 8 x 8 pixels with the vectors of 3 x 3 taps."""
+    from tempo import _kernels as native
+
+    x, kernel, sums, lengths = (
+        floats(3, 8, 8, 64),
+        floats(4 if back else 8, 64, 3, 3),
+        floats(8, 3, 8, 8),
+        np.ones(ROWS),
+    )
+    return native.taps, (x, kernel, sums[: len(kernel)], lengths, np.zeros(ROWS), (1, 1), (1, 1), (1, 1), back)
 
 
 def comparison() -> tuple[Any, ...]:

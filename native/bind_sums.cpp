@@ -5,6 +5,7 @@ namespace {
 using tempo::Comparison;
 using tempo::require;
 using tempo::Sums;
+using tempo::Taps;
 using Matrix = tempo::Array<nb::ndim<2>, nb::device::cpu>;
 template <typename T>
 using Line = tempo::Array<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -47,6 +48,42 @@ void sums(const Matrix &x, const std::optional<Matrix> &copy, const Lines<const 
     std::vector<double> totals(totals_doubles(s));
     s.packed = packed.data(), s.totals = totals.data();
     tempo::active->sums(s);
+}
+
+using Pair = std::tuple<int64_t, int64_t>;
+
+// Fills `sums` and `covered`; returns the length of all that is covered.
+double taps(const tempo::Array<nb::ndim<4>, nb::c_contig, nb::device::cpu> &x,
+            const tempo::Array<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu> &kernel,
+            const tempo::Array<float, nb::ndim<4>, nb::c_contig, nb::device::cpu> &sums,
+            const Line<const double> &lengths, const Line<double> &covered, Pair stride, Pair padding, Pair dilation,
+            bool back) {
+    Taps t{};
+    t.x = x.data(), t.back = back;
+    t.half = tempo::is_bfloat16(x.dtype());
+    require(t.half || x.dtype() == nb::dtype<float>(), "maps are float32 or bfloat16");
+    t.images = int64_t(x.shape(0)), t.channels = int64_t(x.shape(3)), t.vectors = int(kernel.shape(0));
+    require(int64_t(kernel.shape(1)) == t.channels, "vectors have to be as long as pixels");
+    require(sums.shape(0) == kernel.shape(0) && int64_t(sums.shape(1)) == t.images, "sums have to be one per vector and image");
+    for (int axis = 0; axis < 2; ++axis) {
+        t.size[axis] = int64_t(x.shape(1 + axis)), t.out[axis] = int64_t(sums.shape(2 + axis));
+        t.taps[axis] = int64_t(kernel.shape(2 + axis));
+    }
+    std::tie(t.stride[0], t.stride[1]) = stride;
+    std::tie(t.padding[0], t.padding[1]) = padding;
+    std::tie(t.dilation[0], t.dilation[1]) = dilation;
+    require(t.stride[0] > 0 && t.stride[1] > 0, "strides have to be positive");
+    const int64_t pixels = t.out[0] * t.out[1], size = t.size[0] * t.size[1], count = t.taps[0] * t.taps[1];
+    require(size < INT32_MAX && pixels < INT32_MAX, "maps are too large");
+    require(int64_t(lengths.shape(0)) == t.images * size, "lengths have to be one per pixel");
+    require(int64_t(covered.shape(0)) == t.images * pixels, "lengths have to be one per pixel of the sums");
+    t.kernel = kernel.data(), t.sums = sums.data(), t.lengths = lengths.data(), t.covered = covered.data();
+    nb::gil_scoped_release release;
+    std::vector<float> packed(tempo::kVectorsAtOnce * tempo::padded(t.channels) * count);
+    std::vector<int32_t> meets(count * pixels), order(pixels);
+    const std::vector<float> nothing(t.channels);
+    t.packed = packed.data(), t.meets = meets.data(), t.order = order.data(), t.nothing = nothing.data();
+    return tempo::active->taps(t);
 }
 
 using Sheets = tempo::Array<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
@@ -118,6 +155,8 @@ void bind_sums(nb::module_ &m) {
           nb::arg("column_lengths").none() = nb::none());
     m.def("compare", &::compare, nb::arg("found"), nb::arg("expected"), nb::arg("lengths"), nb::arg("other"),
           nb::arg("answers"), nb::arg("error"), nb::arg("drift"), nb::arg("threshold"), nb::arg("limit"));
+    m.def("taps", &::taps, nb::arg("x"), nb::arg("kernel"), nb::arg("sums"), nb::arg("lengths"), nb::arg("covered"),
+          nb::arg("stride"), nb::arg("padding"), nb::arg("dilation"), nb::arg("back"));
     m.def("tall_products", &::tall_products, nb::arg("x"), nb::arg("v").none(), nb::arg("of_rows").none(),
           nb::arg("q").none(), nb::arg("of_columns").none());
 }

@@ -5,6 +5,7 @@
 #include "sandwich.h"
 #include "sums.h"
 #include "compare.h"
+#include "taps.h"
 #include "activation.h"
 #include "attention.h"
 #include "batch_norm.h"
@@ -25,6 +26,7 @@ const Table &table() {
         .sandwich = sandwich,
         .sums = sums,
         .compare = compare,
+        .taps = taps,
         .gaussians = gaussians,
         .gaussians_single = gaussians_single,
         .orthogonal = orthogonal,

@@ -31,6 +31,25 @@ struct Sums {
     double *totals;   // memory for `totals_doubles` numbers, if `by_column`
 };
 
+// `x` is (images, size[0], size[1], channels), float32 or bfloat16, without gaps.
+struct Taps {
+    const void *x;
+    bool half, back;  // `back`: from a convolution's output to its input
+    int64_t images, size[2], out[2], channels;
+    int64_t taps[2], stride[2], padding[2], dilation[2];
+
+    int vectors;
+    const float *kernel;    // (vectors, channels, taps)
+    float *sums;            // (vectors, images, out)
+    const double *lengths;  // (images, size)
+    double *covered;        // (images, out)
+
+    float *packed;      // memory for the vectors of `kVectorsAtOnce`, each tap's channels padded
+    int32_t *meets;     // (taps, out)
+    int32_t *order;     // (out)
+    const void *nothing;  // as many zeros as there are channels
+};
+
 // Sums of an answer's rows with vectors, and of what it should be: see compare.h. `lengths` are of one operand's rows,
 // `other` is the length of the other operand, `answers` are lengths of the answer's rows.
 struct Comparison {

@@ -16,6 +16,7 @@ struct Table {
     void (*sandwich)(const Sandwich &);
     void (*sums)(const Sums &);
     void (*compare)(Comparison &);
+    double (*taps)(const Taps &);
     void (*gaussians)(double *numbers, int64_t half);
     void (*gaussians_single)(float *numbers, int64_t half);
     void (*orthogonal)(const Haar<double> &);

@@ -47,6 +47,19 @@ def compare(
     limit: float,
 ) -> tuple[float, int, float, float, int]: ...
 
+# Of a convolution with few channels; the length of all that its kernel covers.
+def taps(
+    x: Tensor,
+    kernel: Tensor,
+    sums: Tensor,
+    lengths: Tensor,
+    covered: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    back: bool,
+) -> float: ...
+
 # Products of a tall matrix with a few vectors on either side.
 def tall_products(
     x: Tensor, v: Tensor | None, of_rows: Tensor | None, q: Tensor | None, of_columns: Tensor | None

@@ -40,7 +40,7 @@ class Verifier:
     ) -> Tally | None:
         """What a check of ``w`` needs of it, if that can be summed while it is masked; the check is ``begun``."""
         engine = product.engine
-        if not self.policy.share or product.scheme.traits.exact or engine.settings.wire_dtype == "int8":
+        if not self.policy.share or product.scheme.traits.exact or engine.settings.wire_dtype == "int8" or w.dim() > 2:
             return None
         check = WeightCheck(product.kind, w, engine.keys.fresh(product.number, "verify-w"), written=False)
         if (tally := check.tally()) is not None:

@@ -8,8 +8,7 @@ convolutions (groups, pixels of all images); of weights the output features, (m)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from math import prod
 from typing import final
 
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tempo.schemes.reply import MOST_WATCHED, Tally
-from tempo.verify.sums import Sums, of_both, of_rows, pieces, tallied
-from tempo.verify.taps import pull, push
+from tempo.verify.sums import Sums, of_both, of_rows, tallied
+from tempo.verify.taps import over_taps
 from tempo.wire.messages import Conv, Product
 
 
@@ -108,7 +107,7 @@ class Matrices(Form):
 
     def weight(self, w: Tensor, r: Tensor, v: Tensor, tally: Tally | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(k, d), (k, m), a scalar."""
-        from_inputs, from_outputs = tallied(tally, w) or of_both(w, v[0], r[0])
+        from_inputs, from_outputs = tallied(tally) or of_both(w, v[0], r[0])
         assert from_outputs is not None  # noqa: S101 - asked for
         return from_outputs.sums, from_inputs.sums, torch.linalg.vector_norm(from_inputs.lengths)
 
@@ -128,7 +127,7 @@ class Matrices(Form):
         self, x: Tensor, kernels: list[Tensor], tally: Tally | None = None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Sums (k, T)."""
-        made = tallied(tally, x)
+        made = tallied(tally)
         found = of_rows(x, torch.cat(kernels)) if made is None else made[0]
         sums = list(found.sums.split([len(kernel) for kernel in kernels]))
         return sums, found.lengths, torch.linalg.vector_norm(found.lengths)
@@ -142,7 +141,7 @@ class Matrices(Form):
         tally: Tally | None = None,
     ) -> tuple[Sums | None, Sums | None]:
         """Sums (k, T) and (k, m)."""
-        if (made := tallied(tally, g)) is not None:
+        if (made := tallied(tally)) is not None:
             return made
         if q is None:
             return None if kernel is None else of_rows(g, kernel), None
@@ -162,8 +161,8 @@ class Matrices(Form):
 class Convolutions(Form):
     """Images first, channels second. A row is a pixel of an image, in one group of channels.
 
-    Pixels are summed as the rows of a matrix, with the vectors of every tap of the kernel; what the taps gave is then
-    added up where the kernel would. So kernels here are (groups, sizes of the kernel, k, channels of a group).
+    Sums are convolutions as well, with ``k`` channels in place of those of the answer: kernels here are (groups, k,
+    channels of a group, sizes of the kernel).
 
     The length of a pixel is that of what the kernel covers there. Fast algorithms (Winograd, FFT) spread rounding
     errors over a tile or a whole image, so where a kernel has several taps every pixel counts as long as the longest of
@@ -181,13 +180,13 @@ class Convolutions(Form):
         found = [of_both(of, r.new_empty(0, of.shape[1]), vectors) for of, vectors in zip(features, r, strict=True)]
         from_outputs = torch.stack([columns.sums for _, columns in found])
         by_group = features.view(*features.shape[:2], w.shape[1], prod(w.shape[2:])).to(self.work)
-        from_inputs = (v.unsqueeze(1) @ by_group).permute(0, 3, 2, 1).unflatten(1, w.shape[2:])
+        from_inputs = (v.unsqueeze(1) @ by_group).unflatten(-1, w.shape[2:]).transpose(1, 2)
         length = torch.stack([torch.linalg.vector_norm(rows.lengths, dim=0, keepdim=True) for rows, _ in found])
         return self.as_kernel(from_outputs, tuple(w.shape)), from_inputs, length
 
     def as_kernel(self, z: Tensor, w: tuple[int, ...]) -> Tensor:
         """A kernel of k output channels per group."""
-        kernel: Tensor = z.unflatten(2, w[1:]).movedim((1, 2), (-2, -1))
+        kernel: Tensor = z.unflatten(2, w[1:])
         return kernel
 
     def summed_with(self, vectors: Tensor) -> Tensor | None:
@@ -196,21 +195,18 @@ class Convolutions(Form):
         return vectors[0] if fits else None
 
     def tally(self, kernels: list[Tensor], q: Tensor | None = None) -> Tally | None:
-        """Of lengths and columns: for sums with the vectors of every tap, a product of matrices is faster."""
+        """Of lengths and columns: sums with vectors are of several pixels."""
         if not self._native():
             return None
-        return Tally(kernels[0].new_empty(0, kernels[0].shape[-1]), None if q is None else q[0].contiguous())
+        return Tally(kernels[0].new_empty(0, kernels[0].shape[2]), None if q is None else q[0].contiguous())
 
     def inputs(
         self, x: Tensor, kernels: list[Tensor], tally: Tally | None = None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Sums (groups, k, pixels of ``y``)."""
-        pixels, kernel = self._pixels(x), torch.cat(kernels, -2)
-        made = tallied(tally, pixels[0])
-        lengths = None if made is None else [made[0].lengths]
-        sums, squares = self._over_taps(pixels, x.shape, kernel, lengths, partial(push, self.product))
-        length = squares.sum((1, 2)).sqrt_().unsqueeze_(1)
-        return list(sums.split([k.shape[-2] for k in kernels], 1)), self._longest(squares, kernel), length
+        kernel, lengths = torch.cat(kernels, 1), self._lengths(x, tallied(tally))
+        sums, longest, length = over_taps(self.product, x, kernel, lengths)
+        return list(sums.split([k.shape[1] for k in kernels], 1)), longest, length
 
     def gradients(
         self,
@@ -221,17 +217,15 @@ class Convolutions(Form):
         tally: Tally | None = None,
     ) -> tuple[Sums | None, Sums | None]:
         """Sums (groups, k, pixels of ``x``) and (groups, k, m/groups)."""
-        columns, rows, pixels = None, None, self._pixels(g)
-        made = tallied(tally, pixels[0])
+        columns, rows, made = None, None, tallied(tally)
         if made is not None and made[1] is not None:
             columns = _stacked([made[1]])
         elif q is not None:
             none = q.new_empty(0, g.shape[1] // self.groups)
-            columns = _stacked([of_both(of, none, vectors)[1] for of, vectors in zip(pixels, q, strict=True)])
+            columns = _stacked([of_both(of, none, vectors)[1] for of, vectors in zip(self._pixels(g), q, strict=True)])
         if kernel is not None:
-            lengths = None if made is None else [made[0].lengths]
-            sums, squares = self._over_taps(pixels, g.shape, kernel, lengths, partial(pull, self.product, inputs=x[2:]))
-            rows = Sums(sums, self._longest(squares, kernel))
+            sums, longest, _ = over_taps(self.product, g, kernel, self._lengths(g, made), x[2:])
+            rows = Sums(sums, longest)
         return rows, columns
 
     def rows(self, answer: Tensor, into: Tensor | None, vectors: Tensor) -> Sums:
@@ -264,42 +258,12 @@ class Convolutions(Form):
         """Whether the kernels can sum maps while they read or write them."""
         return self.groups == 1 and self.product.channels_last and self.work == torch.float32
 
-    def _over_taps(
-        self,
-        pixels: list[Tensor],
-        shape: tuple[int, ...],
-        kernel: Tensor,
-        lengths: list[Tensor] | None,
-        add: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """Sums (groups, k, pixels) with ``kernel``, and squared lengths (groups, N, pixels of an image) of what it
-        covers; ``add`` adds up over taps.
-
-        Args:
-            pixels: Of each group.
-            shape: Of the maps.
-            kernel: The vectors of every tap.
-            lengths: Of each group's pixels, where they are known.
-            add: `push` or `pull`.
-        """
-        taps, maps = kernel.shape[1:-2], (shape[0], *shape[2:])
-        if lengths is None:
-            lengths = [of_rows(of, kernel.new_empty(0, of.shape[1])).lengths for of in pixels]
-        sums, squares = [], []
-        for of, vectors, length in zip(pixels, kernel.flatten(1, -2), lengths, strict=True):
-            of_taps = vectors.new_empty(len(vectors), len(of))
-            for start, piece in pieces(of, self.work):
-                # So many vectors make it a product like any other, for which PyTorch's is faster.
-                torch.mm(vectors, piece.t(), out=of_taps[:, start : start + len(piece)])
-            sums.append(add(of_taps.unflatten(1, maps).unflatten(0, kernel.shape[1:-1])).flatten(1))
-            squares.append(add(length.square().expand(*taps, 1, -1).unflatten(-1, maps))[0].flatten(1))
-        return torch.stack(sums), torch.stack(squares)
-
-    def _longest(self, squares: Tensor, kernel: Tensor) -> Tensor:
-        """Lengths of pixels; where a kernel has several taps, of the longest in each image and group."""
-        if prod(kernel.shape[1:-2]) > 1 and squares.shape[2]:
-            squares = squares.amax(2, keepdim=True).expand_as(squares)
-        return squares.flatten(1).sqrt()
+    def _lengths(self, t: Tensor, made: tuple[Sums, Sums | None] | None) -> Tensor:
+        """Lengths (groups, pixels) of the pixels of ``t``, if they were not ``made``."""
+        if made is not None:
+            return made[0].lengths.unsqueeze(0)
+        none = t.new_empty(0, t.shape[1] // self.groups, dtype=self.work)
+        return torch.stack([of_rows(of, none).lengths for of in self._pixels(t)])
 
 
 def _stacked(found: list[Sums]) -> Sums:

@@ -84,16 +84,16 @@ def of_both(x: Tensor, v: Tensor, q: Tensor) -> tuple[Sums, Sums]:
     return Sums(torch.cat(sums, 1), torch.cat(norms)), Sums(of_columns, squares.sqrt_() + lost(work, len(x)))
 
 
-def tallied(tally: Tally | None, x: Tensor) -> tuple[Sums, Sums | None] | None:
-    """What was summed of the rows and columns of ``x`` while it was written, or None."""
+def tallied(tally: Tally | None) -> tuple[Sums, Sums | None] | None:
+    """What ``tally`` summed of rows and columns while they were written, or None; to be asked for once."""
     if tally is None or tally.rows is None:
         return None
-    work = tally.vectors.dtype
-    rows = Sums(tally.rows.sums, tally.rows.lengths.add(lost(work, x.shape[1])))  # of rows shorter than others
+    work, (width, count) = tally.vectors.dtype, (tally.vectors.shape[1], tally.rows.lengths.numel())
+    rows = Sums(tally.rows.sums, tally.rows.lengths.add_(lost(work, width)))  # of rows shorter than others
     if tally.columns is None:
         return rows, None
     sums, lengths = tally.columns
-    return rows, Sums(sums, lengths.add(lost(work, len(x))))
+    return rows, Sums(sums, lengths.add_(lost(work, count)))
 
 
 def _native(x: Tensor, work: torch.dtype) -> ModuleType | None:
