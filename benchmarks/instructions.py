@@ -52,6 +52,8 @@ def kernels() -> dict[str, tuple[Call, int]]:
         np.ones((2, COLUMNS), np.int32),
         np.zeros((ROWS, 2), np.int64),
     )
+    maps, met = floats(2, 64, 64), np.random.default_rng(0).integers(-1, 64, (64, 9), np.int32)
+    patches = floats(2, 64, 9 * 64)
     heads = [floats(2, 4, 65, 64) for _ in range(8)]
     few = [floats(2, 2, 65, 64) for _ in range(2)]
     lse, angles, z = floats(2, 4, 65), (floats(1, 65, 64), floats(1, 65, 64)), floats(ROWS, COLUMNS)
@@ -93,6 +95,8 @@ def kernels() -> dict[str, tuple[Call, int]]:
             (native.tall_products, (x, None, None, floats(ROWS, 16), floats(16, COLUMNS))),
             size,
         ),
+        "patches of 3×3": ((native.make_patches, (maps, met, patches)), patches.size),
+        "patches of 3×3, gradient": ((native.add_patches, (patches, met, maps)), patches.size),
         "rows that are dead": ((native.dead_rows, (x[:, None], np.zeros(ROWS, bool))), size),
         "columns that are dead": ((native.dead_columns, (x[:, None], np.zeros(COLUMNS, bool))), size),
         "sums of integers": ((native.sum_rows, (integers, residues, sums)), size),

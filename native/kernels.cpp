@@ -12,6 +12,7 @@
 #include "rms_norm.h"
 #include "rotation.h"
 #include "low_rank.h"
+#include "patches.h"
 #include "shares.h"
 #include "zeros.h"
 
@@ -40,6 +41,8 @@ const Table &table() {
         .attend = attend,
         .differentiate_attention = differentiate_attention,
         .tall_products = tall_products,
+        .make_patches = make_patches,
+        .add_patches = add_patches,
         .dead_rows = dead_rows,
         .dead_columns = dead_columns,
         .sum_rows = sum_rows,

@@ -6,6 +6,7 @@
 #include "sums_types.h"
 #include "layers_types.h"
 #include "low_rank_types.h"
+#include "patches_types.h"
 #include "shares_types.h"
 #include "zeros_types.h"
 
@@ -30,6 +31,8 @@ struct Table {
     void (*attend)(const Attention &);
     void (*differentiate_attention)(const Attention &);
     void (*tall_products)(const Tall &);
+    void (*make_patches)(const Patches &, const float *maps, float *patches);
+    void (*add_patches)(const Patches &, const float *patches, float *maps);
     void (*dead_rows)(const Zeros &, bool *dead);
     void (*dead_columns)(const Zeros &, bool *dead, int32_t *candidates);
     void (*sum_rows)(const FieldRows &);

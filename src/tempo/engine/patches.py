@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tempo import kernels
 from tempo.engine.geometry import output_shape
 from tempo.verify.taps import meetings
 from tempo.wire.messages import Conv
-
-_CHUNK: Final = 1 << 19
-"""Elements of patches turned at a time: what stays in a core's cache."""
 
 
 def patches(x: Tensor, kind: Conv, kernel: tuple[int, ...]) -> Tensor:
@@ -33,36 +32,49 @@ def patches(x: Tensor, kind: Conv, kernel: tuple[int, ...]) -> Tensor:
 
 
 class _Patches(torch.autograd.Function):
-    """Whole pixels are moved tap by tap, some images at a time, and turned in the cache: taps come after channels."""
+    """Whole pixels are moved tap by tap, and interleaved: taps come after channels."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: Conv, kernel: tuple[int, ...]) -> Tensor:
         _, channels, *outputs = output_shape(kind, tuple(x.shape), (x.shape[1], x.shape[1], *kernel))
-        ctx.geometry = geometry = list(meetings(kind, kernel, tuple(x.shape[2:]), outputs))
         ctx.shape = (len(x), *x.shape[2:], channels)
-        rows = x.new_empty(len(x), *outputs, channels, prod(kernel))
-        step = _images(rows)
-        room = x.new_zeros(step, *outputs, prod(kernel), channels)  # padding stays zero
-        for images, out in zip(x.movedim(1, -1).split(step), rows.split(step), strict=True):
-            turned = room[: len(images)]
-            for number, (_, at_inputs, at_outputs) in enumerate(geometry):
-                turned.select(-2, number)[:, *at_outputs] = images[:, *at_inputs]
-            out.copy_(turned.transpose(-1, -2))
-        return rows.flatten(-2)
+        ctx.met = met = _met(kind, kernel, tuple(x.shape[2:]), tuple(outputs))
+        maps = x.detach().movedim(1, -1).reshape(len(x), prod(x.shape[2:]), channels)
+        native = kernels.native()
+        if native is None or x.dtype != torch.float32:
+            padded = torch.cat([maps, maps.new_zeros(len(x), 1, channels)], 1)  # which -1 is
+            rows = padded[:, met.long()].transpose(-1, -2)
+        else:
+            maps, rows = maps.contiguous(), x.new_empty(len(x), *met.shape[:1], channels * met.shape[1])
+            kernels.rows_in_parts(
+                lambda part: native.make_patches(maps[part], met, rows[part]), len(x), rows[:1].numel()
+            )
+        return rows.reshape(len(x), *outputs, channels * met.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        dx = g.new_zeros(ctx.shape)
-        rows = g.unflatten(-1, (ctx.shape[-1], len(ctx.geometry)))
-        step = _images(rows)
-        for images, part in zip(dx.split(step), rows.split(step), strict=True):
-            turned = part.transpose(-1, -2).contiguous()
-            for number, (_, at_inputs, at_outputs) in enumerate(ctx.geometry):
-                images[:, *at_inputs] += turned.select(-2, number)[:, *at_outputs]
-        return dx.movedim(-1, 1), None, None
+        images, *inputs, channels = ctx.shape
+        met, size = ctx.met, prod(inputs)
+        rows = g.reshape(images, len(met), g.shape[-1])
+        native = kernels.native()
+        if native is None or g.dtype != torch.float32:
+            taps = rows.unflatten(-1, (channels, met.shape[1])).transpose(-1, -2).flatten(1, 2)
+            maps = g.new_zeros(images, size + 1, channels).index_add_(1, met.long().view(-1) % (size + 1), taps)
+            maps = maps[:, :size]
+        else:
+            rows, maps = rows.contiguous(), g.new_zeros(images, size, channels)
+            kernels.rows_in_parts(
+                lambda part: native.add_patches(rows[part], met, maps[part]), images, rows[:1].numel()
+            )
+        return maps.reshape(ctx.shape).movedim(-1, 1), None, None
 
 
-def _images(rows: Tensor) -> int:
-    """How many to handle at a time."""
-    return max(1, _CHUNK // max(1, prod(rows.shape[1:])))
+@lru_cache(256)
+def _met(kind: Conv, kernel: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Tensor:
+    """Output pixels × taps (int32): the input pixel that is met, or -1 in the padding."""
+    pixels = torch.arange(prod(inputs), dtype=torch.int32).view(inputs)
+    met = torch.full((*outputs, prod(kernel)), -1, dtype=torch.int32)
+    for number, (_, at_inputs, at_outputs) in enumerate(meetings(kind, kernel, inputs, outputs)):
+        met.select(-1, number)[at_outputs] = pixels[at_inputs]
+    return met.view(-1, prod(kernel))

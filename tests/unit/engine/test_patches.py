@@ -6,26 +6,39 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tempo import kernels
 from tempo.engine.patches import patches
 from tempo.wire.messages import Conv, Linear
 
 CONVOLUTIONS = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
 
 
-@given(st.data(), st.integers(1, 3))
-def test_patches_times_the_flat_weight_are_the_convolution(data, axes):
+@pytest.mark.parametrize("kernels_of", kernels.available())
+@settings(deadline=None, max_examples=25)
+@given(st.data(), st.integers(1, 3), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([3, 70]))
+def test_patches_times_the_flat_weight_are_the_convolution(kernels_of, data, axes, dtype, channels):
     kernel, stride, padding, dilation = (
-        tuple(data.draw(st.integers(low, high)) for _ in range(axes)) for low, high in ((1, 3), (1, 3), (0, 2), (1, 2))
+        tuple(data.draw(st.integers(low, high)) for _ in range(axes))
+        for low, high in ((1, 3 if axes > 1 else 40), (1, 3), (0, 2), (1, 2))
     )
-    x = torch.randn(2, 3, *(data.draw(st.integers(5, 8)) for _ in range(axes)), dtype=torch.float64)
-    w = torch.randn(4, 3, *kernel, dtype=torch.float64)
-    rows = patches(x, Conv(stride, padding, dilation, 1), kernel)
-    y = CONVOLUTIONS[axes](x, w, None, stride, padding, dilation)
-    torch.testing.assert_close((rows @ w.flatten(1).T).movedim(-1, 1), y)
+    least = max(kernel) * 2 + 1
+    x = torch.randn(2, channels, *(data.draw(st.integers(least, least + 2)) for _ in range(axes)), dtype=dtype)
+    if data.draw(st.booleans()):
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    w = torch.randn(4, channels, *kernel, dtype=dtype)
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    plain = CONVOLUTIONS[axes](expected, w, None, stride, padding, dilation)
+    with kernels.using(kernels_of):
+        y = (patches(found, Conv(stride, padding, dilation, 1), kernel) @ w.flatten(1).T).movedim(-1, 1)
+        for result in (y, plain):
+            result.backward(torch.ones_like(result))
+    for actual, wanted in ((y.detach(), plain.detach()), (found.grad, expected.grad)):
+        assert actual.shape == wanted.shape
+        assert float((actual - wanted).norm()) <= (1e-5 if dtype == torch.float32 else 1e-13) * float(wanted.norm())
 
 
 def gradients(model, x):
