@@ -95,6 +95,7 @@ def kernels() -> dict[str, tuple[Call, int]]:
             (native.tall_products, (x, None, None, floats(ROWS, 16), floats(16, COLUMNS))),
             size,
         ),
+        "six Lanczos steps": ((native.lanczos, (x, z[:, 0] / np.linalg.norm(z[:, 0]), np.zeros((6, 6)))), size),
         "patches of 3×3": ((native.make_patches, (maps, met, patches)), patches.size),
         "patches of 3×3, gradient": ((native.add_patches, (patches, met, maps)), patches.size),
         "rows that are dead": ((native.dead_rows, (x[:, None], np.zeros(ROWS, bool))), size),

@@ -34,6 +34,7 @@ void bind_haar(nb::module_ &m);
 void bind_sandwich(nb::module_ &m);
 void bind_sums(nb::module_ &m);
 void bind_layers(nb::module_ &m);
+void bind_lanczos(nb::module_ &m);
 void bind_patches(nb::module_ &m);
 void bind_shares(nb::module_ &m);
 void bind_zeros(nb::module_ &m);

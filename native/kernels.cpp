@@ -11,6 +11,7 @@
 #include "batch_norm.h"
 #include "rms_norm.h"
 #include "rotation.h"
+#include "lanczos.h"
 #include "low_rank.h"
 #include "patches.h"
 #include "shares.h"
@@ -41,6 +42,7 @@ const Table &table() {
         .attend = attend,
         .differentiate_attention = differentiate_attention,
         .tall_products = tall_products,
+        .lanczos = lanczos,
         .make_patches = make_patches,
         .add_patches = add_patches,
         .dead_rows = dead_rows,

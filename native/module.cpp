@@ -49,6 +49,7 @@ NB_MODULE(_kernels, m) {
     tempo::bind_sandwich(m);
     tempo::bind_sums(m);
     tempo::bind_layers(m);
+    tempo::bind_lanczos(m);
     tempo::bind_patches(m);
     tempo::bind_shares(m);
     tempo::bind_zeros(m);

@@ -5,6 +5,7 @@
 #include "sandwich_types.h"
 #include "sums_types.h"
 #include "layers_types.h"
+#include "lanczos_types.h"
 #include "low_rank_types.h"
 #include "patches_types.h"
 #include "shares_types.h"
@@ -31,6 +32,7 @@ struct Table {
     void (*attend)(const Attention &);
     void (*differentiate_attention)(const Attention &);
     void (*tall_products)(const Tall &);
+    void (*lanczos)(const Lanczos &);
     void (*make_patches)(const Patches &, const float *maps, float *patches);
     void (*add_patches)(const Patches &, const float *patches, float *maps);
     void (*dead_rows)(const Zeros &, bool *dead);

@@ -65,6 +65,9 @@ def tall_products(
     x: Tensor, v: Tensor | None, of_rows: Tensor | None, q: Tensor | None, of_columns: Tensor | None
 ) -> None: ...
 
+# The upper triangle of ``projected`` (steps, steps; float64), from ``w`` (float32, rows contiguous), ``z`` of length 1.
+def lanczos(w: Tensor, z: Tensor, projected: Tensor) -> None: ...
+
 # Patches (images, outputs, channels · taps) of maps (images, inputs, channels), and added to maps again;
 # ``met`` (outputs, taps; int32) says which input pixel a tap meets, or -1. float32, all contiguous.
 def make_patches(maps: Tensor, met: Tensor, patches: Tensor) -> None: ...

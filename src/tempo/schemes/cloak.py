@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tempo import kernels
 from tempo.keys import Keystream
 from tempo.schemes import haar
 from tempo.schemes.arithmetic import output, subtract_input_gradient
@@ -180,15 +181,28 @@ def spectrum(stream: Keystream, w: Tensor, steps: int = STEPS) -> tuple[Tensor, 
     Returns:
         Both groups×steps, float64.
     """
-    if w.shape[1] > w.shape[2]:
-        w = w.mT
-    groups, side = w.shape[:2]
+    groups, side = len(w), min(w.shape[1:])
     steps = min(steps, side)
     z = haar.gaussians(stream, groups * side, w.dtype).view(groups, side, 1)
     z /= z.norm(dim=1, keepdim=True)
-    basis = w.new_zeros(groups, side, steps)
     projected = torch.zeros(groups, steps, steps, dtype=torch.float64)
-    for step in range(steps):
+    native = kernels.native()
+    if native is not None and w.dtype == torch.float32 and steps:
+        for matrix, vector, found in zip(w.detach(), z.squeeze(2), projected, strict=True):
+            native.lanczos(matrix if matrix.stride(1) == 1 else matrix.t().contiguous(), vector, found)
+    else:
+        _project(w, z, projected)
+    projected = projected.triu() + projected.triu(1).mT
+    values, vectors = torch.linalg.eigh(projected)
+    return values.clamp_min(0).sqrt(), vectors[:, 0, :] ** 2
+
+
+def _project(w: Tensor, z: Tensor, projected: Tensor) -> None:
+    """Fill the upper triangles of ``projected``; `native/lanczos.h` in PyTorch."""
+    if w.shape[1] > w.shape[2]:
+        w = w.mT
+    basis = w.new_zeros(*w.shape[:2], projected.shape[2])
+    for step in range(projected.shape[2]):
         basis[:, :, step : step + 1] = z
         image = w @ (w.mT @ z)
         whole = image.norm(dim=1, keepdim=True)
@@ -200,9 +214,6 @@ def spectrum(stream: Keystream, w: Tensor, steps: int = STEPS) -> tuple[Tensor, 
         rest = image.norm(dim=1, keepdim=True)
         # Nothing is left where the vector's directions are exhausted; further nodes then have no share.
         z = torch.where(rest > 1e-5 * whole, image / rest.clamp_min(torch.finfo(w.dtype).tiny), 0.0)
-    projected = projected.triu() + projected.triu(1).mT
-    values, vectors = torch.linalg.eigh(projected)
-    return values.clamp_min(0).sqrt(), vectors[:, 0, :] ** 2
 
 
 def _orthonormal(stream: Keystream, count: int, side: int, rank: int, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from in_process import plain, run, targets
 from torch import Tensor
 
+from tempo import kernels
 from tempo.keys import KeySchedule, Keystream
 from tempo.schemes import cloak
 from tempo.schemes.mix import Mix
@@ -56,6 +57,28 @@ def test_its_singular_values_lie_within_those_of_the_weight(kind, outputs, input
     assert float(own[0]) <= float(sigma[0]) + slack
     assert float(own[-1]) >= float(sigma[-1]) - slack
     assert float(own[0]) > 0
+
+
+@pytest.mark.parametrize("kernel", kernels.available())
+@pytest.mark.parametrize("shape", [(6, 30000), (5, 40), (40, 5), (3, 17), (17, 3), (4, 4), (1, 9), (9, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_as_many_steps_as_directions_find_all_singular_values(kernel, shape, transposed):
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if transposed:
+        w = w.t().contiguous().t()
+    with kernels.using(kernel):
+        nodes, weights = cloak.spectrum(stream(), w.unsqueeze(0))
+    torch.testing.assert_close(nodes[0], torch.linalg.svdvals(w.double()).flip(0), rtol=1e-4, atol=1e-4)
+    assert float(weights.sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kernel", kernels.available())
+def test_directions_that_are_not_there_have_no_share(kernel):
+    w = torch.diag(torch.tensor([0.0] * 30 + [2.0] * 30))[:, :50]
+    with kernels.using(kernel):
+        nodes, weights = cloak.spectrum(stream(), w.unsqueeze(0))
+    inside = (nodes - 2).abs().minimum(nodes) < 1e-3
+    assert float(weights[~inside].sum()) < 1e-6
 
 
 def left_after_truncation(w: Tensor, c: Tensor, leading: int) -> float:
