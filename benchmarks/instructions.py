@@ -144,16 +144,22 @@ def floats(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
-def permuted(size: int, gathers: int = 1) -> tuple[Any, ...]:
-    """An operator that permutes and scales."""
-    order = [np.random.default_rng(i).permutation(size).astype(np.int32) for i in range(gathers)]
-    return order, floats(size) if gathers == 1 else None, [], 1
+def permuted(size: int) -> Any:
+    """A mask that permutes and scales."""
+    return mask(size, [], floats(size).astype(np.float64))
 
 
-def blocks(size: int, side: int, rounds: int = 1) -> tuple[Any, ...]:
-    """An operator that permutes and multiplies blocks, so many times."""
-    order, *_ = permuted(size, rounds + 1)
-    return order, None, [[floats(size // side, side, side)] for _ in range(rounds)], 1
+def blocks(size: int, side: int, rounds: int = 1) -> Any:
+    """A mask that permutes and multiplies blocks, so many times."""
+    return mask(size, [[floats(size // side, side, side)] for _ in range(rounds)])
+
+
+def mask(size: int, blocks: Any, scale: Any = None) -> Any:
+    """A mask in its plain form."""
+    from tempo import _kernels as native
+
+    gathers = [np.random.default_rng(i).permutation(size).astype(np.int32) for i in range(len(blocks) + 1)]
+    return native.Mask(gathers, scale, blocks, blocks), 0
 
 
 def sandwich(x: Any, y: Any, rows: Any, columns: Any, watch: Any = None, plus: Any = None, tally: Any = None) -> Call:

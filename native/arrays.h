@@ -16,9 +16,10 @@ struct Array : nanobind::ndarray<Args...> {
     explicit Array(nanobind::ndarray<Args...> array) : nanobind::ndarray<Args...>(std::move(array)) {}
 };
 
-// A capsule of a plain tensor, which nanobind takes as it is; invalid for all else.
+// A capsule of a tensor, which nanobind takes as it is, with a gradient or without; invalid for all else.
 inline nanobind::object capsule_of(nanobind::handle array) noexcept {
-    if (std::strcmp(Py_TYPE(array.ptr())->tp_name, "Tensor") != 0) return {};  // nothing is imported for others
+    const char *type = Py_TYPE(array.ptr())->tp_name;  // nothing is imported for others
+    if (std::strcmp(type, "Tensor") != 0 && std::strcmp(type, "Parameter") != 0) return {};
     static const nanobind::handle to_dlpack =
         nanobind::object(nanobind::module_::import_("torch.utils.dlpack").attr("to_dlpack")).release();
     nanobind::object capsule = nanobind::steal(PyObject_CallOneArg(to_dlpack.ptr(), array.ptr()));

@@ -1,136 +1,59 @@
 #include <cmath>
 
 #include "bind.h"
+#include "mask.h"
 
 namespace {
 
 using tempo::require;
-using tempo::Block;
+using tempo::Batches;
+using tempo::Held;
+using tempo::Index;
+using tempo::Mask;
 using tempo::Matrix;
-using tempo::Operator;
 using tempo::Piece;
 using tempo::Sandwich;
-using Array = tempo::Array<nb::device::cpu>;
-using Index = tempo::Array<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Scale = tempo::Array<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Squares = tempo::Array<const float, nb::ndim<3>, nb::device::cpu>;  // (count, side, side), any strides
-using Rounds = std::vector<std::vector<Squares>>;
+using tempo::Scale;
+using Array = tempo::Array<>;
+using Bias = tempo::Array<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Form = std::tuple<const Mask *, int>;
 
-Matrix matrix_of(const Array &array) {
-    require(array.ndim() == 2, "a matrix has two axes");
-    require(array.shape(1) <= 1 || array.stride(1) == 1, "rows of a matrix have to be contiguous");
-    const bool half = tempo::is_bfloat16(array.dtype());
-    require(half || array.dtype() == nb::dtype<float>(), "matrices are float32 or bfloat16");
-    return {array.data(), int64_t(array.shape(0)), int64_t(array.shape(1)), array.stride(0), half};
+const Mask &mask_of(const Form &form) {
+    require(std::get<0>(form), "a form is of a mask");
+    return *std::get<0>(form);
 }
 
-// An operator, and the memory that it points to. Applied to `size` elements, runs of `run` of them move together: to
-// each place in a run the operator applies by itself.
-struct Held {
-    Operator op;
-    std::vector<Index> gathers;
-    std::vector<const int32_t *> pointers;
-    std::vector<int32_t> inverse;
-    std::vector<std::vector<int32_t>> expanded;
-    std::vector<float> scales;
-    std::vector<std::vector<Block>> blocks;
-    std::vector<const Block *> first;
-    std::vector<int> counts;
+std::optional<Held> held(const std::optional<Form> &form, int64_t run, int64_t size) {
+    if (!form) return std::nullopt;
+    require(run * mask_of(*form).size == size, "a mask has to be as large as the axis it applies to");
+    return std::optional<Held>(std::in_place, mask_of(*form), std::get<1>(*form), run);
+}
 
-    Held(std::vector<Index> indices, const std::optional<Scale> &scale, const Rounds &rounds, int64_t run, int64_t size)
-        : gathers(std::move(indices)) {
-        require(gathers.size() == rounds.size() + 1, "an operator has one gather more than rounds of blocks");
-        require(!scale || rounds.empty(), "an operator has scales or blocks, not both");
-        require(run > 0 && size % run == 0, "an axis has to consist of whole runs");
-        const int64_t own = size / run;
-        require(!scale || int64_t(scale->shape(0)) == own, "scales have to be as many as elements");
-        for (const Index &gather : gathers) {
-            require(int64_t(gather.shape(0)) == own, "an operator has to be as large as the axis it applies to");
-            std::vector<bool> seen(own);  // also keeps every index in bounds
-            for (int64_t i = 0; i < own; ++i) {
-                const int32_t to = gather.data()[i];
-                require(to >= 0 && to < own && !seen[to], "a gather has to be a permutation");
-                seen[to] = true;
-            }
-            pointers.push_back(gather.data());
-        }
-        place(rounds, run, own);
-        if (run > 1) expand(rounds, run, own);
-        inverse.resize(size);
-        for (int64_t i = 0; i < size; ++i) inverse[pointers.back()[i]] = int32_t(i);
-        op.size = int(size);
-        op.rounds = int(rounds.size());
-        op.gathers = pointers.data();
-        op.last_inverse = inverse.data();
-        op.scale = scale ? (run > 1 ? spread(*scale, run) : scale->data()) : nullptr;
-        op.blocks = first.data();
-        op.counts = counts.data();
+constexpr int64_t kWidest = 1 << 14;  // columns of which a few rows stay in the second-level cache
+
+// Whether axes from `first` on lie in memory like one axis, its elements `stride` apart.
+bool like_one(const Array &array, size_t first, int64_t stride) {
+    for (size_t axis = array.ndim(); axis-- > first; stride *= array.shape(axis))
+        if (array.shape(axis) > 1 && array.stride(axis) != stride) return false;
+    return true;
+}
+
+// A tensor as a matrix whose rows are contiguous, if it lies like one: of more than two axes, pixels are rows where
+// channels lie side by side; else, for `planes`, everything that belongs to an element of the first axis is.
+std::optional<Matrix> matrix_of(const Array &array, int64_t plane, bool planes) {
+    const bool half = tempo::is_bfloat16(array.dtype());
+    if (array.device_type() != nb::device::cpu::value || !(half || array.dtype() == nb::dtype<float>())) return {};
+    const int64_t rows = array.shape(0), channels = array.shape(1);
+    if (planes) {
+        if (plane * channels > kWidest || !like_one(array, 1, 1)) return {};
+        return Matrix{array.data(), rows, channels * plane, array.stride(0), half};
     }
-    Held(const Held &) = delete;
-
-    // Blocks where they lie, each as often as a run is long.
-    void place(const Rounds &rounds, int64_t run, int64_t size) {
-        for (const auto &batches : rounds) {
-            std::vector<Block> found;
-            int64_t start = 0;
-            for (const Squares &squares : batches) {
-                const int64_t count = int64_t(squares.shape(0)), side = int64_t(squares.shape(1));
-                require(int64_t(squares.shape(2)) == side, "blocks have to be square");
-                for (int64_t b = 0; b < run * count; ++b, start += side)
-                    found.push_back({int(start), int(side), squares.stride(2), squares.stride(1),
-                                     squares.data() + b % count * squares.stride(0)});
-            }
-            require(start == run * size, "blocks have to be as large as the axis they apply to, together");
-            blocks.push_back(std::move(found));
-        }
-        for (const auto &found : blocks) {
-            first.push_back(found.data());
-            counts.push_back(int(found.size()));
-        }
-    }
-
-    // Where elements are before a round of blocks, batches of `squares` one after the other, and in each the places of a
-    // run; without any, the places of each element together, as they are given.
-    static std::vector<int64_t> places(const std::vector<Squares> *squares, int64_t run, int64_t size) {
-        std::vector<int64_t> at(size * run);
-        int64_t start = 0;
-        const auto fill = [&](int64_t count) {
-            for (int64_t i = 0; i < count; ++i)
-                for (int64_t r = 0; r < run; ++r) at[(start + i) * run + r] = start * run + r * count + i;
-            start += count;
-        };
-        for (size_t b = 0; squares && b < squares->size(); ++b) fill((*squares)[b].shape(0) * (*squares)[b].shape(1));
-        while (!squares && start < size) fill(1);
-        return at;
-    }
-
-    // The gathers of all elements.
-    void expand(const Rounds &rounds, int64_t run, int64_t size) {
-        std::vector<int64_t> from = places(nullptr, run, size);
-        for (size_t round = 0; round < pointers.size(); ++round) {
-            std::vector<int64_t> to = places(round < rounds.size() ? &rounds[round] : nullptr, run, size);
-            std::vector<int32_t> index(size * run);
-            for (int64_t i = 0; i < size; ++i)
-                for (int64_t r = 0; r < run; ++r)
-                    index[to[i * run + r]] = int32_t(from[int64_t(pointers[round][i]) * run + r]);
-            expanded.push_back(std::move(index));
-            from = std::move(to);
-        }
-        for (size_t round = 0; round < pointers.size(); ++round) pointers[round] = expanded[round].data();
-    }
-
-    const float *spread(const Scale &scale, int64_t run) {
-        for (size_t i = 0; i < scale.shape(0); ++i) scales.insert(scales.end(), run, scale.data()[i]);
-        return scales.data();
-    }
-};
-
-using Given = std::tuple<std::vector<Index>, std::optional<Scale>, Rounds, int64_t>;
-
-std::optional<Held> held(const std::optional<Given> &given, int64_t size) {
-    if (!given) return std::nullopt;
-    const auto &[gathers, scale, rounds, run] = *given;
-    return std::optional<Held>(std::in_place, gathers, scale, rounds, run, size);
+    int64_t stride = rows > 1 ? array.stride(0) : channels;  // of the innermost pixels
+    for (size_t axis = 2; axis < array.ndim(); ++axis)
+        if (array.shape(axis) > 1) stride = array.stride(axis);
+    const bool side_by_side = channels <= 1 || array.stride(1) == 1;
+    if (!side_by_side || !like_one(array, 2, stride) || (rows > 1 && array.stride(0) != stride * plane)) return {};
+    return Matrix{array.data(), rows * plane, channels, stride, half};
 }
 
 using Vectors = tempo::Array<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -151,29 +74,58 @@ tempo::Watch watch_of(const Vectors &v, const WatchedSums &sums, const Lengths &
 
 bool in_range(const tempo::Watch &watch) { return watch.finite && watch.longest > 0x1p-80f; }
 
-// Of what was watched and of what was tallied: true if that was nothing, or all its squares are within float's range.
-std::tuple<bool, bool> sandwich(const Array &x, const std::optional<Given> &rows, const std::optional<Given> &columns,
-              const std::vector<Array> &outs, int axis, const std::vector<std::optional<Scale>> &biases,
-              const std::optional<Watching> &watching, const std::optional<Added> &plus,
-              const std::optional<Tallying> &tallying) {
-    const Matrix from = matrix_of(x);
-    require(from.columns < INT32_MAX && from.rows < INT32_MAX, "a matrix is too large");
-    require(biases.size() == outs.size(), "biases have to be as many as outputs");
+// Whether sums were made of what was read, and of what was written, with all squares within float's range. Nothing, if
+// this is not for kernels: other dtypes, tensors elsewhere, or such that do not lie in memory as matrices do.
+std::optional<std::tuple<bool, bool>> sandwich(const Array &x, const std::optional<Form> &rows,
+              const std::optional<Form> &columns, const std::vector<Array> &outs, int axis,
+              const std::vector<std::optional<Bias>> &biases, const std::optional<Watching> &watching,
+              const std::optional<Added> &plus, const std::optional<Tallying> &tallying) {
+    require(x.ndim() >= 2, "a matrix has two axes");
+    require(biases.empty() || biases.size() == outs.size(), "biases have to be as many as outputs");
     require(axis == 0 || axis == 1, "outputs lie along axis 0 or 1");
-    const auto row_operator = held(rows, from.rows), column_operator = held(columns, from.columns);
+    const bool maps = x.ndim() > 2;
+    if (columns && maps && mask_of(*columns).size != int64_t(x.shape(1))) return {};  // channels of one group
+    int64_t plane = 1;
+    for (size_t i = 2; i < x.ndim(); ++i) plane *= x.shape(i);
+    std::vector<Matrix> found;
+    const auto lies = [&](bool planes) {
+        found.clear();
+        for (size_t i = 0; i <= outs.size(); ++i) {
+            const Array &array = i ? outs[i - 1] : x;
+            require(array.ndim() == x.ndim(), "outputs have as many axes as what they are of");
+            for (size_t k = 2; k < x.ndim(); ++k) require(array.shape(k) == x.shape(k), "maps are all of one size");
+            const auto matrix = matrix_of(array, plane, planes);
+            if (!matrix) return false;
+            found.push_back(*matrix);
+        }
+        return true;
+    };
+    const bool planes = !lies(false);
+    if (planes && !(maps && !plus && (rows || columns) && lies(true))) return {};
+    const Matrix from = found[0];
+    require(from.columns < INT32_MAX && from.rows < INT32_MAX, "a matrix is too large");
+    // What moves together: a row's pixels, or a column's.
+    const int64_t run = planes ? plane : 1;
+    const auto row_operator = held(rows, plane / run, from.rows), column_operator = held(columns, run, from.columns);
     std::vector<Piece> pieces;
+    std::vector<std::vector<float>> spread(biases.size());
     int64_t row = 0, column = 0;
     for (size_t i = 0; i < outs.size(); ++i) {
-        const Matrix to = matrix_of(outs[i]);
+        const Matrix &to = found[i + 1];
         require(axis == 1 ? to.rows == from.rows : to.columns == from.columns,
                 "outputs have to be pieces of the result");
-        require(!biases[i] || int64_t(biases[i]->shape(0)) == to.columns, "a bias has to be as long as its columns");
-        pieces.push_back({to, row, column, biases[i] ? biases[i]->data() : nullptr});
+        const float *bias = i < biases.size() && biases[i] ? biases[i]->data() : nullptr;
+        require(!bias || int64_t(biases[i]->shape(0)) * run == to.columns, "a bias has to be as long as its columns");
+        if (bias && run > 1) {
+            for (int64_t k = 0; k < to.columns; ++k) spread[i].push_back(bias[k / run]);
+            bias = spread[i].data();
+        }
+        pieces.push_back({to, row, column, bias});
         (axis ? column : row) += axis ? to.columns : to.rows;
     }
     require(axis == 1 ? column == from.columns : row == from.rows, "outputs have to make up the result");
     tempo::Watch watch{};
-    if (watching) {
+    if (watching && !planes) {
         const auto &[v, sums, lengths] = *watching;
         watch = watch_of(v, sums, lengths, from);
     }
@@ -188,9 +140,10 @@ std::tuple<bool, bool> sandwich(const Array &x, const std::optional<Given> &rows
     tempo::Tally tally{};
     std::vector<float> recent;
     std::vector<double> totals;
-    if (tallying) {
+    if (tallying && !planes) {
         const auto &[v, sums, lengths, by_column] = *tallying;
-        require(outs.size() == 1 && !plus && !biases[0], "what is summed has to be one piece, with nothing added to it");
+        require(outs.size() == 1 && !plus && !pieces[0].bias,
+                "what is summed has to be one piece, with nothing added to it");
         tally.rows = watch_of(v, sums, lengths, from);
         if (by_column) {
             const auto &[q, of_columns, column_lengths] = *by_column;
@@ -211,8 +164,8 @@ std::tuple<bool, bool> sandwich(const Array &x, const std::optional<Given> &rows
                          pieces.data(),
                          int(pieces.size()),
                          addend,
-                         watching ? &watch : nullptr,
-                         tallying ? &tally : nullptr};
+                         watching && !planes ? &watch : nullptr,
+                         tallying && !planes ? &tally : nullptr};
     nb::gil_scoped_release release;
     tempo::active->sandwich(whole);
     for (int64_t column = 0; tally.weights && column < from.columns; ++column) {
@@ -222,7 +175,7 @@ std::tuple<bool, bool> sandwich(const Array &x, const std::optional<Given> &rows
             of_columns.data()[k * from.columns + column] = float(*total);
         column_lengths.data()[column] = std::sqrt(*total);
     }
-    return {!watching || in_range(watch), !tallying || in_range(tally.rows)};
+    return std::tuple{in_range(watch), in_range(tally.rows)};
 }
 
 }  // namespace
@@ -230,6 +183,10 @@ std::tuple<bool, bool> sandwich(const Array &x, const std::optional<Given> &rows
 namespace tempo {
 
 void bind_sandwich(nb::module_ &m) {
+    nb::class_<Mask>(m, "Mask")
+        .def(nb::init<const std::vector<Index> &, const std::optional<Scale> &, std::vector<Batches>,
+                      std::vector<Batches>>(),
+             nb::arg("gathers"), nb::arg("scale").none(), nb::arg("blocks"), nb::arg("inverses"));
     m.def("sandwich", &::sandwich, nb::arg("x"), nb::arg("rows").none(), nb::arg("columns").none(), nb::arg("outs"),
           nb::arg("axis"), nb::arg("biases"), nb::arg("watch").none() = nb::none(), nb::arg("plus").none() = nb::none(),
           nb::arg("tally").none() = nb::none());

@@ -38,6 +38,7 @@ void choose(const std::string &name) {
 const Table *tempo::active = supported().front();
 
 NB_MODULE(_kernels, m) {
+    nb::set_leak_warnings(false);  // masks of a session that is open when the interpreter exits
     m.def("supported", [] {
         std::vector<std::string> names;
         for (const Table *table : supported()) names.emplace_back(table->name);

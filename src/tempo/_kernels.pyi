@@ -4,23 +4,34 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-_Operator = tuple[list[Tensor], Tensor | None, list[list[Tensor]], int]
-"""Gathers (int32), scales (float32), for every round its batches of blocks (float32); how many elements move as one."""
+class Mask:
+    """Gathers (int32), scales (float64), for every round its batches of blocks (float32), and those of inverses."""
+
+    def __init__(
+        self,
+        gathers: Sequence[Tensor],
+        scale: Tensor | None,
+        blocks: Sequence[Sequence[Tensor]],
+        inverses: Sequence[Sequence[Tensor]],
+    ) -> None: ...
+
+_Form = tuple[Mask, int]
+"""Its number as `tempo.schemes.masks.Form` has it."""
 
 def supported() -> list[str]: ...
 def selected() -> str: ...
 def select(name: str) -> None: ...
 def sandwich(
     x: Tensor,
-    rows: _Operator | None,
-    columns: _Operator | None,
+    rows: _Form | None,
+    columns: _Form | None,
     outs: Sequence[Tensor],
     axis: int,
     biases: Sequence[Tensor | None],
     watch: tuple[Tensor, Tensor, Tensor] | None = None,
     plus: tuple[Tensor, Tensor] | None = None,
     tally: tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None] | None = None,
-) -> tuple[bool, bool]: ...
+) -> tuple[bool, bool] | None: ...
 def gaussians(numbers: Tensor) -> None: ...
 def orthogonal(gaussians: Tensor, q: Tensor) -> None: ...
 def sums(

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tempo.schemes.operators import Blocks, Operator, inverse_index, work_dtype
+from tempo.schemes.operators import Blocks, Steps, work_dtype
 
 _CHUNK = 1 << 19
 """Elements handled at a time: fewer make products small, more leave the third-level cache."""
 
 
-def block_sandwich(x: Tensor, rows: Operator | None, columns: Operator | None, outs: Sequence[Tensor]) -> None:
+def block_sandwich(x: Tensor, rows: Steps | None, columns: Steps | None, outs: Sequence[Tensor]) -> None:
     """`tempo.schemes.sandwich.sandwich` where an operator has blocks; ``outs`` are consecutive pieces along axis 1."""
     if x.numel() == 0:
         return
@@ -57,9 +57,9 @@ class _Scratch:
         return self.next(*shape).copy_(source.index_select(axis, index))
 
 
-def _by_row_blocks(x: Tensor, rows: Operator, columns: Operator | None, outs: Sequence[Tensor]) -> None:
+def _by_row_blocks(x: Tensor, rows: Steps, columns: Steps | None, outs: Sequence[Tensor]) -> None:
     work, size = work_dtype(x), x[0].numel()
-    write = inverse_index(rows.gathers[-1].index).numpy()
+    write = rows.gathers[-1].transpose().index.numpy()
     for number, (gather, blocks) in enumerate(zip(rows.gathers, rows.blocks, strict=False)):
         chunks = list(_chunks(blocks, max(1, _CHUNK // size)))
         scratch = _Scratch(size * max(chunk.stop - chunk.start for chunk, _ in chunks), work)
@@ -77,7 +77,7 @@ def _by_row_blocks(x: Tensor, rows: Operator, columns: Operator | None, outs: Se
             x, columns = between, None
 
 
-def _by_rows(x: Tensor, rows: Operator | None, columns: Operator | None, outs: Sequence[Tensor]) -> None:
+def _by_rows(x: Tensor, rows: Steps | None, columns: Steps | None, outs: Sequence[Tensor]) -> None:
     """`block_sandwich` where ``rows`` only moves and scales."""
     gather = None if rows is None else rows.gathers[0]
     step = max(1, _CHUNK // x[0].numel())
@@ -98,7 +98,7 @@ def _by_rows(x: Tensor, rows: Operator | None, columns: Operator | None, outs: S
             out[chunk].copy_(piece)
 
 
-def _grouped(x: Tensor, rows: Operator | None, columns: Operator, outs: Sequence[Tensor]) -> None:
+def _grouped(x: Tensor, rows: Steps | None, columns: Steps, outs: Sequence[Tensor]) -> None:
     """`block_sandwich` for a grouped convolution's weight: the columns of a row are those of its own group."""
     width = x.shape[1]
     groups = columns.size // width
@@ -124,7 +124,7 @@ def _chunks(blocks: Blocks, rows: int) -> Iterator[tuple[slice, Blocks]]:
             yield chunk, Blocks((part,))
 
 
-def _apply_columns(values: Tensor, columns: Operator, scratch: _Scratch) -> Tensor:
+def _apply_columns(values: Tensor, columns: Steps, scratch: _Scratch) -> Tensor:
     """``columns`` along axis 1 of ``values`` (rows, width) or (rows, width, positions), which are contiguous.
 
     The result is a view of ``scratch``; with two axes it is transposed in memory.

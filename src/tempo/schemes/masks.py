@@ -15,37 +15,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tempo import kernels
 from tempo.keys import Keystream
 from tempo.schemes import haar
 from tempo.schemes.low_rank import LowRank
-from tempo.schemes.operators import Blocks, Gather, Operator, inverse_index
+from tempo.schemes.operators import Blocks, Gather, Operator, Steps
 from tempo.schemes.reply import Tally, Watch
 from tempo.schemes.sandwich import sandwich
 
 
-class Form(Enum):
-    """The four operators that one mask ``M`` gives."""
+class Form(IntEnum):
+    """The four operators that one mask ``M`` gives: the first bit is for the inverse, the second for the transpose."""
 
-    PLAIN = "M"
-    INVERSE = "M^-1"
-    TRANSPOSE = "M^T"
-    DUAL = "M^-T"
+    PLAIN = 0
+    INVERSE = 1
+    TRANSPOSE = 2
+    DUAL = 3
 
     @property
     def undo(self) -> Form:
         """The form that inverts this one."""
-        return _UNDO[self]
-
-
-_UNDO = {Form.PLAIN: Form.INVERSE, Form.INVERSE: Form.PLAIN, Form.TRANSPOSE: Form.DUAL, Form.DUAL: Form.TRANSPOSE}
+        return Form(self ^ 1)
 
 
 @dataclass(frozen=True)
@@ -62,13 +60,25 @@ class Mask:
 
     def operator(self, form: Form) -> Operator | None:
         """``form`` of this mask, or None for the identity."""
-        if not self.gathers:
-            return None
-        blocks = self.blocks if form in (Form.PLAIN, Form.TRANSPOSE) else self.inverses
-        if form in (Form.TRANSPOSE, Form.DUAL):
+        return Operator(self, form) if self.gathers else None
+
+    def steps(self, form: Form) -> Steps:
+        """``form`` of this mask, step by step."""
+        inverted, transposed = form in (Form.INVERSE, Form.DUAL), form in (Form.TRANSPOSE, Form.DUAL)
+        blocks = self.inverses if inverted else self.blocks
+        if transposed:
             blocks = tuple(Blocks(tuple(batch.mT for batch in stage.batches)) for stage in blocks)
-        backwards = form in (Form.INVERSE, Form.TRANSPOSE)
-        return Operator(self._gathers[form], blocks[::-1] if backwards else blocks)
+        gathers = tuple(gather.reciprocal() for gather in self.gathers) if inverted else self.gathers
+        if inverted == transposed:
+            return Steps(gathers, blocks)
+        return Steps(tuple(gather.transpose() for gather in gathers[::-1]), blocks[::-1])
+
+    @cached_property
+    def native(self) -> Any:
+        """The mask as kernels take it, in all its forms; only where there are any."""
+        indices = [gather.index for gather in self.gathers]
+        blocks, inverses = ([stage.batches for stage in stages] for stages in (self.blocks, self.inverses))
+        return kernels.native().Mask(indices, self.gathers[0].scale, blocks, inverses)  # type: ignore[union-attr]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Everything the mask consists of, for the insecure record of the truth."""
@@ -81,24 +91,6 @@ class Mask:
         for number, stage in enumerate(self.blocks):
             found |= {f"{name}{number or ''}_blocks{i}": batch for i, batch in enumerate(stage.batches)}
         return found
-
-    @cached_property
-    def _gathers(self) -> dict[Form, tuple[Gather, ...]]:
-        dual: list[Gather] = []
-        inverse: list[Gather] = []
-        transpose: list[Gather] = []
-        for gather in self.gathers:
-            back, scale = inverse_index(gather.index), gather.scale
-            reciprocal = None if scale is None else scale.reciprocal()
-            dual.append(Gather(gather.index, reciprocal))
-            inverse.insert(0, Gather(back, None if reciprocal is None else reciprocal.index_select(0, back)))
-            transpose.insert(0, Gather(back, None if scale is None else scale.index_select(0, back)))
-        return {
-            Form.PLAIN: self.gathers,
-            Form.DUAL: tuple(dual),
-            Form.INVERSE: tuple(inverse),
-            Form.TRANSPOSE: tuple(transpose),
-        }
 
 
 IDENTITY = Mask()
@@ -188,7 +180,8 @@ def _index(permutation: np.ndarray) -> Tensor:
 
 
 Role = Literal["x", "w", "y", "g", "dx", "dw"]
-_FORMS: dict[Role, tuple[str, Form, str, Form]] = {
+_Sides = tuple[str, Form, str, Form]
+_ENCODING: dict[Role, _Sides] = {
     "x": ("L", Form.PLAIN, "A", Form.DUAL),
     "w": ("P", Form.DUAL, "A", Form.PLAIN),
     "y": ("L", Form.PLAIN, "P", Form.DUAL),
@@ -196,6 +189,7 @@ _FORMS: dict[Role, tuple[str, Form, str, Form]] = {
     "dx": ("L", Form.DUAL, "A", Form.PLAIN),
     "dw": ("P", Form.PLAIN, "A", Form.DUAL),
 }
+_DECODING: dict[Role, _Sides] = {role: (r, of_r.undo, c, of_c.undo) for role, (r, of_r, c, of_c) in _ENCODING.items()}
 
 
 @dataclass(frozen=True)
@@ -229,9 +223,7 @@ class Masks:
             watch: Sees the rows of ``plain``: see `tempo.schemes.sandwich.sandwich`.
             tally: Sums what is written, likewise.
         """
-        row_mask, row_form, column_mask, column_form = _FORMS[role]
-        rows: Operator | None = getattr(self, row_mask).operator(row_form)
-        columns: Operator | None = getattr(self, column_mask).operator(column_form)
+        rows, columns = self._operators(_ENCODING[role])
         if plus is not None:
             masked = LowRank(torch.empty_like(plus.low), torch.empty_like(plus.up))
             sandwich(plus.low, rows, None, [masked.low])
@@ -252,10 +244,13 @@ class Masks:
 
         ``plus`` is added to it, and ``watch`` sees what is read of ``masked``: see `tempo.schemes.sandwich.sandwich`.
         """
-        row_mask, row_form, column_mask, column_form = _FORMS[role]
-        rows: Operator | None = getattr(self, row_mask).operator(row_form.undo)
-        columns: Operator | None = getattr(self, column_mask).operator(column_form.undo)
+        rows, columns = self._operators(_DECODING[role])
         sandwich(masked, rows, columns, outs, 0 if role == "dw" else 1, biases, watch, plus)
+
+    def _operators(self, sides: _Sides) -> tuple[Operator | None, Operator | None]:
+        row_mask, row_form, column_mask, column_form = sides
+        masks = {"L": self.L, "A": self.A, "P": self.P}
+        return masks[row_mask].operator(row_form), masks[column_mask].operator(column_form)
 
 
 def _unsigned(mask: Mask) -> Mask:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from types import ModuleType
 
@@ -12,16 +13,12 @@ from torch import Tensor
 from tempo import kernels
 from tempo.schemes.block_sandwich import block_sandwich
 from tempo.schemes.low_rank import LowRank
-from tempo.schemes.operators import Gather, Operator, work_dtype
+from tempo.schemes.operators import Gather, Operator, Steps, work_dtype
 from tempo.schemes.reply import MOST_WATCHED, MOST_WEIGHTS, Tally, Watch
 from tempo.wire.layout import is_last
 
 _CHUNK = 1 << 18
 """Elements handled at a time, so that the passes of one chunk stay in the second-level cache."""
-
-
-_WIDEST = 1 << 14
-"""Columns of which a few rows stay in the second-level cache."""
 
 
 def sandwich(
@@ -52,31 +49,26 @@ def sandwich(
         plus: What to add to the result; only of matrices, with pieces along axis 1.
         tally: What to sum of the result, likewise, where the kernels can: of one piece, nothing added.
     """
-    if all(out.numel() == 0 for out in outs):
+    if x.numel() == 0:
         return
-    if is_last(outs[0]):
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    biases = biases or [None] * len(outs)
     native = kernels.native()
-    if native is not None and (
-        _in_kernel(native, x, rows, columns, outs, axis, biases, watch, plus, tally)
-        or (plus is None and _planes_in_kernel(native, x, rows, columns, outs, axis, biases))
-    ):
-        return
-    if axis == 0 and len(outs) > 1:
-        whole = torch.empty(sum(len(out) for out in outs), *x.shape[1:], dtype=outs[0].dtype)
-        _in_torch(x, rows, columns, [whole])
-        for out, piece in zip(outs, whole.split([len(out) for out in outs]), strict=True):
-            out.copy_(piece)
-    elif plus is None:
-        _in_torch(x, rows, columns, outs)
+    if native is not None and x.dtype in kernels.DTYPES:
+        kernel = partial(_in_kernel, native, rows, columns, axis, biases, watch, plus, tally)
+        blocks = columns is not None and bool(columns.mask.blocks)
+        if kernel(x, outs) or (x.dim() > 2 and _turned(kernel, x, outs, blocks)):
+            return
+    row_steps, column_steps = (None if operator is None else operator.steps for operator in (rows, columns))
+    if plus is None and (axis == 1 or len(outs) == 1):
+        _in_torch(x, row_steps, column_steps, outs)
     else:
         whole = torch.empty(x.shape, dtype=work_dtype(x))
-        _in_torch(x, rows, columns, [whole])
-        plus.add_to(whole)
-        for out, piece in zip(outs, whole.split([out.shape[1] for out in outs], 1), strict=True):
+        _in_torch(x, row_steps, column_steps, [whole])
+        if plus is not None:
+            plus.add_to(whole)
+        for out, piece in zip(outs, whole.split([out.shape[axis] for out in outs], axis), strict=True):
             out.copy_(piece)
-    add_biases(outs, biases)
+    if biases is not None:
+        add_biases(outs, biases)
 
 
 def add_biases(outs: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
@@ -88,74 +80,58 @@ def add_biases(outs: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
 
 def _in_kernel(
     native: ModuleType,
-    x: Tensor,
     rows: Operator | None,
     columns: Operator | None,
-    outs: Sequence[Tensor],
     axis: int,
-    biases: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None] | None,
     watch: Watch | None,
-    plus: LowRank | None = None,
-    tally: Tally | None = None,
-    plane: int = 1,
+    plus: LowRank | None,
+    tally: Tally | None,
+    x: Tensor,
+    outs: Sequence[Tensor],
 ) -> bool:
-    """Have the native kernel do it, where it can: matrices, or channels that lie side by side in memory.
-
-    Pixels of maps are as many rows of one matrix, and move with their image; as ``plane`` columns move together.
-    """
-    if columns is not None and columns.size * plane != x.shape[1]:
+    """Have the native kernel do it, where all lies in memory as matrices do."""
+    room = None if tally is None or plus is not None else _room(tally, x.numel() // x.shape[1])
+    found = native.sandwich(
+        x,
+        None if rows is None else (rows.mask.native, rows.form),
+        None if columns is None else (columns.mask.native, columns.form),
+        outs,
+        axis,
+        [None if bias is None else bias.detach().to(torch.float32).contiguous() for bias in biases or ()],
+        None if watch is None else (watch.vectors, watch.sums, watch.lengths),
+        None if plus is None else (plus.low, plus.up),
+        room,
+    )
+    if found is None:
         return False
-    tensors = [x, *outs]
-    if any(t.dtype not in kernels.DTYPES or not t.is_cpu for t in tensors):
-        return False
-    found = [matrix for t in tensors if (matrix := _matrix(t)) is not None]
-    if len(found) < len(tensors):
-        return False
-    numbers = [None if bias is None else bias.detach().to(torch.float32).contiguous() for bias in biases]
-    watched = None if watch is None else (watch.vectors, watch.sums, watch.lengths)
-    factors = () if plus is None else (plus.low, plus.up)
-    added = tuple(factor.detach().to(torch.float32).contiguous() for factor in factors) or None
-    if plus is not None:
-        tally = None
-    tallied = None if tally is None else _room(tally, len(found[0]))
-    operators = _arrays(rows, prod(x.shape[2:])), _arrays(columns, plane)
-    seen, made = native.sandwich(found[0], *operators, found[1:], axis, numbers, watched, added, tallied)
+    seen, made = found
     if watch is not None:
         watch.seen = seen
-    if tally is not None and tallied is not None and made:
-        tally.rows = Watch(*tallied[:3], seen=True)
-        tally.columns = None if tallied[3] is None else tallied[3][1:]
+    if tally is not None and room is not None and made:
+        tally.rows = Watch(*room[:3], seen=True)
+        tally.columns = None if room[3] is None else room[3][1:]
     return True
 
 
-def _planes_in_kernel(
-    native: ModuleType,
-    x: Tensor,
-    rows: Operator | None,
-    columns: Operator | None,
-    outs: Sequence[Tensor],
-    axis: int,
-    biases: Sequence[Tensor | None],
+def _turned(
+    kernel: Callable[[Tensor, Sequence[Tensor]], bool], x: Tensor, outs: Sequence[Tensor], blocks: bool
 ) -> bool:
-    """Have the native kernel do it where channels lie first: weights of kernels, and maps in PyTorch's usual order."""
-    if x.dim() == 2 or (rows is None and columns is None):
-        return False
-    if columns is not None and columns.size != x.shape[1]:
-        return False
-    plane = prod(x.shape[2:])
-    if x[0].numel() <= _WIDEST and all(out.is_contiguous() for out in outs):
-        # Elements of a plane move together: a matrix with as many columns for every one of ``x``.
-        many = [None if bias is None else bias.repeat_interleave(plane) for bias in biases]
-        matrices = [out.view(len(out), -1) for out in outs]
-        return _in_kernel(native, x.reshape(len(x), -1), rows, columns, matrices, axis, many, watch=None, plane=plane)
-    if columns is None or not columns.blocks:
-        return False
+    """Have ``kernel`` do it on ``x`` as ``outs`` lie; or, with blocks of columns, where channels lie side by side."""
+    if is_last(outs[0]):
+        return kernel(_channels_last(x), outs)
+    if not x.is_contiguous() and kernel(x.contiguous(), outs):
+        return True
     turned = [torch.empty((len(out), *out.shape[2:], out.shape[1]), dtype=out.dtype).movedim(-1, 1) for out in outs]
-    if not _in_kernel(native, x.movedim(1, -1).contiguous().movedim(-1, 1), rows, columns, turned, axis, biases, None):
+    if not blocks or not kernel(_channels_last(x), turned):
         return False
     for out, values in zip(outs, turned, strict=True):
         out.copy_(values)
     return True
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _of_planes(gather: Gather, positions: int) -> Gather:
@@ -179,29 +155,7 @@ def _room(tally: Tally, rows: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor
     return of_rows.vectors, of_rows.sums, of_rows.lengths, of_columns
 
 
-def _matrix(t: Tensor) -> Tensor | None:
-    """``t`` as rows × columns with columns side by side in memory, pixels as rows, without a copy; else None."""
-    t = t.detach()
-    if t.dim() == 2:
-        return t if t.stride(1) == 1 or t.shape[1] == 1 else None
-    pixels = t.movedim(1, -1)
-    return pixels.view(-1, t.shape[1]) if pixels.is_contiguous() else None
-
-
-def _arrays(operator: Operator | None, run: int) -> tuple[list[Tensor], Tensor | None, list[list[Tensor]], int] | None:
-    """An operator as the kernel takes it, where runs of so many elements move together."""
-    if operator is None:
-        return None
-    scale = operator.gathers[0].scale
-    return (
-        [gather.index for gather in operator.gathers],
-        None if scale is None else scale.to(torch.float32),
-        [[batch.to(torch.float32) for batch in blocks.batches] for blocks in operator.blocks],
-        run,
-    )
-
-
-def _in_torch(x: Tensor, rows: Operator | None, columns: Operator | None, outs: Sequence[Tensor]) -> None:
+def _in_torch(x: Tensor, rows: Steps | None, columns: Steps | None, outs: Sequence[Tensor]) -> None:
     """The same without kernels; pieces along axis 1."""
     if is_last(outs[0]) and not (rows is None and columns is None):
         (out,) = outs
@@ -224,13 +178,13 @@ def _in_torch(x: Tensor, rows: Operator | None, columns: Operator | None, outs: 
             gather(piece, row, column if whole or column is None else column.part(which), out)
 
 
-def _pixels_in_torch(x: Tensor, rows: Operator | None, columns: Operator | None, out: Tensor) -> None:
+def _pixels_in_torch(x: Tensor, rows: Steps | None, columns: Steps | None, out: Tensor) -> None:
     """Where channels lie last: with the rows of all pixels at once, or columns of pixels and then rows of images."""
     x, out = x.movedim(1, -1), out.movedim(1, -1)
     width = x.shape[-1]
     if rows is not None and not rows.blocks:
         pixels, gather = prod(x.shape[1:-1]), rows.gathers[0]
-        _in_torch(x.reshape(-1, width), Operator((_of_planes(gather, pixels),)), columns, [out.view(-1, width)])
+        _in_torch(x.reshape(-1, width), Steps((_of_planes(gather, pixels),)), columns, [out.view(-1, width)])
         return
     between = x
     if columns is not None:

@@ -38,9 +38,9 @@ def dense(operator: Operator | None, size: int) -> Tensor:
     matrix = torch.eye(size, dtype=DOUBLE)
     if operator is None:
         return matrix
-    for number, gather in enumerate(operator.gathers):
+    for number, gather in enumerate(operator.steps.gathers):
         if number:
-            batches = operator.blocks[number - 1].batches
+            batches = operator.steps.blocks[number - 1].batches
             matrix = torch.block_diag(*(block for batch in batches for block in batch)) @ matrix
         stage = torch.zeros(size, size, dtype=DOUBLE)
         stage[torch.arange(size), gather.index.long()] = 1.0 if gather.scale is None else gather.scale
@@ -101,7 +101,7 @@ def test_tensors_of_many_chunks(rounds, sides, spatial, monkeypatch):
     )
     x = torch.randn(rows, columns, *spatial, dtype=DOUBLE)
     pieces = [torch.empty(rows, size, *spatial, dtype=DOUBLE) for size in (columns - 30, 30)]
-    block_sandwich(x, left, right, pieces)
+    block_sandwich(x, left and left.steps, right and right.steps, pieces)
     half = torch.einsum("ir,rc...->ic...", dense(left, rows), x)
     expected = torch.einsum("jc,ic...->ij...", dense(right, columns), half)
     assert relative(torch.cat(pieces, 1), expected) < 1e-13

@@ -7,7 +7,7 @@ from tempo import kernels
 from tempo.keys import KeySchedule
 from tempo.schemes.low_rank import LowRank
 from tempo.schemes.masks import Form, Mask, draw, draw_blocks
-from tempo.schemes.operators import Gather, Operator
+from tempo.schemes.operators import Gather
 from tempo.schemes.sandwich import sandwich
 
 KINDS = {
@@ -170,9 +170,12 @@ def test_channels_that_lie_first(kernel, left, right, dtype):
 
 def test_groups_as_many_as_taps_are_no_matrix():
     shape, channels = (18, 4, 3, 3), 36
-    rows, columns = (mask("permutation", size).operator(Form.PLAIN) for size in (18, channels))
-    order = torch.arange(9).repeat_interleave(4) * 4 + columns.gathers[0].index % 4
-    columns = Operator((Gather(order.int(), columns.gathers[0].scale),))
+    rows, columns = (mask("permutation", size) for size in (18, channels))
+    order = torch.arange(9).repeat_interleave(4) * 4 + torch.arange(4).repeat(9).roll(1)
+    rows, columns = (
+        rows.operator(Form.PLAIN),
+        Mask((Gather(order.int(), columns.gathers[0].scale),)).operator(Form.PLAIN),
+    )
     x, out, exact = torch.randn(shape), torch.empty(shape), torch.empty(shape, dtype=torch.float64)
     sandwich(x.double(), rows, columns, [exact])
     sandwich(x, rows, columns, [out])
@@ -184,23 +187,27 @@ def test_what_is_not_an_operator_is_refused():
     if native is None:
         pytest.skip("no native kernels are installed")
     x, out = torch.randn(4, 3), torch.empty(4, 3)
-    fine = torch.arange(4, dtype=torch.int32)
-    for rows in (
-        ([torch.tensor([0, 1, 2, 4], dtype=torch.int32)], None, [], 1),
-        ([torch.tensor([0, 1, 2, -1], dtype=torch.int32)], None, [], 1),
-        ([torch.tensor([0, 1, 1, 2], dtype=torch.int32)], None, [], 1),
-        ([fine[:3]], None, [], 1),
-        ([fine], torch.ones(3), [], 1),
-        ([fine], None, [[torch.ones(1, 4, 4)]], 1),
-        ([fine, fine], None, [[torch.ones(1, 3, 3)]], 1),
-        ([fine, fine], None, [[torch.ones(1, 4, 3)]], 1),
-        ([fine], None, [], 2),
-        ([fine[:2]], None, [], 1),
-        ([fine[:1]], None, [], 3),
-        ([fine[:0]], None, [], 0),
+    fine, square = torch.arange(4, dtype=torch.int32), [[torch.ones(1, 4, 4)]]
+    for gathers, scale, blocks, inverses in (
+        ([torch.tensor([0, 1, 2, 4], dtype=torch.int32)], None, [], []),
+        ([torch.tensor([0, 1, 2, -1], dtype=torch.int32)], None, [], []),
+        ([torch.tensor([0, 1, 1, 2], dtype=torch.int32)], None, [], []),
+        ([], None, [], []),
+        ([fine], torch.ones(3).double(), [], []),
+        ([fine, fine], torch.ones(4).double(), square, square),
+        ([fine], None, square, square),
+        ([fine, fine], None, square, []),
+        ([fine, fine[:3]], None, square, square),
+        ([fine, fine], None, [[torch.ones(1, 3, 3)]], square),
+        ([fine, fine], None, square, [[torch.ones(1, 4, 3)]]),
     ):
         with pytest.raises(ValueError):
-            native.sandwich(x, rows, None, [out], 1, [None])
+            native.Mask(gathers, scale, blocks, inverses)
+    for size, form in ((4, 4), (4, -1), (3, 0), (2, 0), (1, 0), (0, 0)):
+        with pytest.raises(ValueError):
+            native.sandwich(x, (native.Mask([fine[:size]], None, [], []), form), None, [out], 1, [None])
+    with pytest.raises(ValueError):
+        native.sandwich(x, (None, 0), None, [out], 1, [None])
     for plus in (
         (torch.ones(3, 2), torch.ones(2, 3)),
         (torch.ones(4, 2), torch.ones(3, 3)),
