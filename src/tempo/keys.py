@@ -18,29 +18,28 @@ from collections import Counter
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from numpy.typing import NDArray
 
 from tempo.errors import UnsafeError
 
 _SECRET_BYTES = 32
-_ZEROS = memoryview(bytes(1 << 16))
+_AT_ONCE = 1 << 16
+_ZEROS = memoryview(bytes(_AT_ONCE))
+_FROM_ZERO = modes.CTR(bytes(16))
 
 
 class Keystream:
     """AES-256-CTR over zeros: a pseudo-random byte stream, read once from start to end."""
 
     def __init__(self, key: bytes) -> None:
-        self._encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        self._encryptor = Cipher(algorithms.AES(key), _FROM_ZERO).encryptor()
 
     def read(self, count: int) -> NDArray[np.uint8]:
         """The next ``count`` bytes."""
         out = np.empty(count, dtype=np.uint8)
-        view = memoryview(out.data)
-        for start in range(0, count, len(_ZEROS)):
-            part = view[start : start + len(_ZEROS)]
-            self._encryptor.update_into(_ZEROS[: len(part)], part)
+        for start in range(0, count, _AT_ONCE):
+            part = out.data[start : start + _AT_ONCE]
+            self._encryptor.update_into(_ZEROS[: part.nbytes], part)
         return out
 
     def integers(self, low: int, high: int, count: int) -> NDArray[np.int64]:
@@ -49,20 +48,25 @@ class Keystream:
         if not 0 < span <= 1 << 32:
             raise ValueError(f"range {low}..{high} is empty or wider than 32 bits")
         limit = (1 << 32) // span * span
-        accepted = np.empty(0, dtype=np.int64)
-        while len(accepted) < count:
-            draws = self.read(4 * (count - len(accepted) + 8)).view(np.uint32).astype(np.int64)
-            accepted = np.concatenate([accepted, draws[draws < limit]])
+        accepted = self._below(limit, count)
+        while accepted.size < count:
+            accepted = np.concatenate([accepted, self._below(limit, count - accepted.size)])
         return low + accepted[:count] % span
+
+    def _below(self, limit: int, count: int) -> NDArray[np.int64]:
+        """Of a few more 32-bit draws than ``count``, those below ``limit``."""
+        draws = self.read(4 * (count + 8)).view(np.uint32).astype(np.int64)
+        return draws[draws < limit]
 
     def permutation(self, count: int) -> NDArray[np.int64]:
         """A uniform permutation of ``0 .. count-1``: the order of ``count`` distinct 64-bit draws."""
         while True:
             draws = self.read(8 * count).view(np.uint64)
-            order = np.argsort(draws)
+            order = draws.argsort()
+            ascending = draws[order]
             # Equal draws would favour one order; at a million elements this happens once in 10^7 keys.
-            if count < 2 or bool((draws[order[1:]] != draws[order[:-1]]).all()):
-                return order.astype(np.int64, copy=False)
+            if (ascending[1:] != ascending[:-1]).all():
+                return order
 
 
 def root_of(secret: bytes, nonce: bytes) -> bytes:
@@ -81,8 +85,8 @@ class Key:
 
     def stream(self, use: str) -> Keystream:
         """The keystream for one use of this key; the same use gives the same stream."""
-        info = f"tempo/1/{self.label}/{use}".encode()
-        return Keystream(HKDFExpand(SHA256(), 32, info).derive(self._root))
+        # HKDF's expansion into one block.
+        return Keystream(hmac.digest(self._root, f"tempo/1/{self.label}/{use}\x01".encode(), "sha256"))
 
     def branch(self, name: str) -> Key:
         """A key of its own for one part of what this one is for; the same name gives the same key."""

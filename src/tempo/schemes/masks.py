@@ -76,9 +76,12 @@ class Mask:
     @cached_property
     def native(self) -> Any:
         """The mask as kernels take it, in all its forms; only where there are any."""
-        indices = [gather.index for gather in self.gathers]
-        blocks, inverses = ([stage.batches for stage in stages] for stages in (self.blocks, self.inverses))
-        return kernels.native().Mask(indices, self.gathers[0].scale, blocks, inverses)  # type: ignore[union-attr]
+        return kernels.native().Mask(  # type: ignore[union-attr]
+            [gather.index for gather in self.gathers],
+            self.gathers[0].scale,
+            [stage.batches for stage in self.blocks],
+            [stage.batches for stage in self.inverses],
+        )
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Everything the mask consists of, for the insecure record of the truth."""
@@ -108,14 +111,14 @@ def draw(stream: Keystream, size: int, max_scale: int, group_order: Tensor | Non
     """
     permutation = _permutation(stream, size, group_order)
     scale = stream.integers(1, max_scale, size)
-    return Mask((Gather(_index(permutation), torch.from_numpy(scale).to(torch.float64)),))
+    return Mask((Gather(_index(permutation), torch.from_numpy(scale.astype(np.float64))),))
 
 
 def draw_signs(stream: Keystream, size: int, group_order: Tensor | None = None) -> Mask:
     """Draw a signed permutation: a uniform permutation and uniform signs; arguments as for `draw`."""
     permutation = _permutation(stream, size, group_order)
-    signs = 1 - 2 * torch.from_numpy(stream.integers(0, 1, size)).to(torch.float64)
-    return Mask((Gather(_index(permutation), signs),))
+    signs = 1.0 - 2.0 * stream.integers(0, 1, size)
+    return Mask((Gather(_index(permutation), torch.from_numpy(signs)),))
 
 
 def draw_blocks(

@@ -54,8 +54,7 @@ def sandwich(
     native = kernels.native()
     if native is not None and x.dtype in kernels.DTYPES:
         kernel = partial(_in_kernel, native, rows, columns, axis, biases, watch, plus, tally)
-        blocks = columns is not None and bool(columns.mask.blocks)
-        if kernel(x, outs) or (x.dim() > 2 and _turned(kernel, x, outs, blocks)):
+        if kernel(x, outs) or (x.dim() > 2 and _turned(kernel, x, outs, columns)):
             return
     row_steps, column_steps = (None if operator is None else operator.steps for operator in (rows, columns))
     if plus is None and (axis == 1 or len(outs) == 1):
@@ -115,15 +114,17 @@ def _in_kernel(
 
 
 def _turned(
-    kernel: Callable[[Tensor, Sequence[Tensor]], bool], x: Tensor, outs: Sequence[Tensor], blocks: bool
+    kernel: Callable[[Tensor, Sequence[Tensor]], bool], x: Tensor, outs: Sequence[Tensor], columns: Operator | None
 ) -> bool:
     """Have ``kernel`` do it on ``x`` as ``outs`` lie; or, with blocks of columns, where channels lie side by side."""
     if is_last(outs[0]):
         return kernel(_channels_last(x), outs)
     if not x.is_contiguous() and kernel(x.contiguous(), outs):
         return True
+    if columns is None or not columns.mask.blocks:
+        return False
     turned = [torch.empty((len(out), *out.shape[2:], out.shape[1]), dtype=out.dtype).movedim(-1, 1) for out in outs]
-    if not blocks or not kernel(_channels_last(x), turned):
+    if not kernel(_channels_last(x), turned):
         return False
     for out, values in zip(outs, turned, strict=True):
         out.copy_(values)
@@ -146,12 +147,12 @@ def _room(tally: Tally, rows: int) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor
     vectors, weights = tally.vectors, tally.weights
     if len(vectors) > MOST_WATCHED or (weights is not None and not 0 < len(weights) <= MOST_WEIGHTS):
         return None
-    of_rows = Watch.of(vectors.contiguous(), rows)
+    of_rows = Watch.of(vectors, rows)
     of_columns = None
     if weights is not None:
         width = vectors.shape[1]
         lengths = weights.new_empty(width, dtype=torch.float64)
-        of_columns = weights.contiguous(), weights.new_empty(len(weights), width), lengths
+        of_columns = weights, weights.new_empty(len(weights), width), lengths
     return of_rows.vectors, of_rows.sums, of_rows.lengths, of_columns
 
 

@@ -7,7 +7,6 @@ Only rounding in single precision is added.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,9 +32,8 @@ class Total:
         if tally.weights is not None and len(tally.weights) < MOST_WEIGHTS:
             weights = torch.empty(rows, 1)
             sandwich(torch.ones(rows, 1), masks.L.operator(Form.PLAIN), None, [weights])
-            pixels = tally.weights.shape[1] // rows
-            of_rows = weights.t().repeat_interleave(pixels, 1)
-            self.tally = replace(tally, weights=torch.cat([tally.weights, of_rows]))
+            of_pixels = weights.expand(-1, tally.weights.shape[1] // rows).reshape(1, -1)
+            self.tally = Tally(tally.vectors, torch.cat([tally.weights, of_pixels]))
 
     def made(self) -> Tensor | None:
         """The sum (m), once ``G~`` was written; None if that was without sums."""
@@ -44,7 +42,7 @@ class Total:
         sums, lengths = self.tally.columns
         self._asked.rows, self._asked.columns = self.tally.rows, (sums[:-1], lengths)
         total = torch.empty(1, sums.shape[1])
-        Masks(P=self._masks.P).decode("g", sums[-1:], [total])
+        sandwich(sums[-1:], None, self._masks.P.operator(Form.INVERSE), [total])
         return total[0]
 
 
