@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 class Mask:
@@ -32,6 +34,10 @@ def sandwich(
     plus: tuple[Tensor, Tensor] | None = None,
     tally: tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None] | None = None,
 ) -> tuple[bool, bool] | None: ...
+
+# Random words (int64) become a permutation, or integers from ``low`` on, in place; False: others have to be drawn.
+def permutation(words: NDArray[np.int64]) -> bool: ...
+def integers(words: NDArray[np.int64], low: int, count: int) -> bool: ...
 def gaussians(numbers: Tensor) -> None: ...
 def orthogonal(gaussians: Tensor, q: Tensor) -> None: ...
 def sums(

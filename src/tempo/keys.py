@@ -20,12 +20,14 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
+from tempo import kernels
 from tempo.errors import UnsafeError
 
 _SECRET_BYTES = 32
 _AT_ONCE = 1 << 16
 _ZEROS = memoryview(bytes(_AT_ONCE))
 _FROM_ZERO = modes.CTR(bytes(16))
+_SIGNLESS = np.int64((1 << 63) - 1)
 
 
 class Keystream:
@@ -43,30 +45,36 @@ class Keystream:
         return out
 
     def integers(self, low: int, high: int, count: int) -> NDArray[np.int64]:
-        """``count`` integers, exactly uniform on ``low .. high`` inclusive (rejection sampling over 32 bits)."""
+        """``count`` integers, exactly uniform on ``low .. high`` inclusive."""
         span = high - low + 1
         if not 0 < span <= 1 << 32:
             raise ValueError(f"range {low}..{high} is empty or wider than 32 bits")
-        limit = (1 << 32) // span * span
-        accepted = self._below(limit, count)
-        while accepted.size < count:
-            accepted = np.concatenate([accepted, self._below(limit, count - accepted.size)])
-        return low + accepted[:count] % span
-
-    def _below(self, limit: int, count: int) -> NDArray[np.int64]:
-        """Of a few more 32-bit draws than ``count``, those below ``limit``."""
-        draws = self.read(4 * (count + 8)).view(np.uint32).astype(np.int64)
-        return draws[draws < limit]
+        if native := kernels.native():
+            while not native.integers(draws := self._words(count), low, span):
+                pass
+            return draws
+        # Below the largest multiple of the span, all remainders are as likely.
+        limit = (1 << 63) // span * span
+        while (draws := self._words(count) & _SIGNLESS).max(initial=0) >= limit:
+            pass
+        return low + draws % span
 
     def permutation(self, count: int) -> NDArray[np.int64]:
-        """A uniform permutation of ``0 .. count-1``: the order of ``count`` distinct 64-bit draws."""
+        """A uniform permutation of ``0 .. count-1``: by Fisher and Yates, or the order of ``count`` distinct draws."""
+        if native := kernels.native():
+            while not native.permutation(draws := self._words(count)):
+                pass
+            return draws
         while True:
-            draws = self.read(8 * count).view(np.uint64)
+            draws = self._words(count)
             order = draws.argsort()
             ascending = draws[order]
             # Equal draws would favour one order; at a million elements this happens once in 10^7 keys.
             if (ascending[1:] != ascending[:-1]).all():
                 return order
+
+    def _words(self, count: int) -> NDArray[np.int64]:
+        return self.read(8 * count).view(np.int64)
 
 
 def root_of(secret: bytes, nonce: bytes) -> bytes:

@@ -201,7 +201,8 @@ class MaskedWeight(UpdatableWeight):
             x_masked = empty(target.worker, tuple(covered.shape), self.problem.wire_dtype)
             watch = None if masked.cloak is None else masked.cloak.watch_input(covered)
             masks.encode("x", covered, x_masked, watch=watch, tally=(tallies or {}).get(target.worker))
-            shares = shares_of_output(product, covered[: cover.real], cover.filled_columns, w)
+            filled = cover.filled_columns
+            shares = shares_of_output(product, covered[: cover.real], filled, w) if len(filled) else []
             seen = None if masked.cloak is None else masked.cloak.seen_by_input(covered, watch)
             masked.parts[target.worker] = Part(rows, masks, cover, shares, seen)
             masked.operands.append(Operand(target.worker, {"x": x_masked}, rows))
@@ -314,7 +315,8 @@ class MaskedInput(EncodedInput):
             totals.append(None if total is None else total.made())
             masked.operands.append(Operand(worker, {"g": g_masked}, part.rows))
             seen = None if self.cloak is None else self.cloak.seen_by_gradient(covered, watch)
-            shares = shares_of_input_gradient(product, covered[: cover.real], cover.filled_columns, w)
+            filled = cover.filled_columns
+            shares = shares_of_input_gradient(product, covered[: cover.real], filled, w) if len(filled) else []
             masked.parts[worker] = Part(part.rows, part.masks, cover, shares, seen)
             if want_dw:
                 masked.extra.add(part.cover, cover, covered, partial(_rows, x, part.rows))
