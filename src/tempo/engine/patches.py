@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tempo import kernels
-from tempo.engine.geometry import output_shape
-from tempo.verify.taps import meetings
+from tempo.engine.geometry import meetings, output_shape
 from tempo.wire.messages import Conv
 
 

@@ -11,8 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from tempo.engine.geometry import meetings
 from tempo.schemes.operators import work_dtype
-from tempo.verify.taps import meetings
 from tempo.wire.messages import Conv, Product
 
 _CHUNK: Final = 1 << 18

@@ -1,9 +1,7 @@
-"""What a convolution's kernel covers: sums of it with the vectors of each tap, and where taps meet pixels."""
+"""What a convolution's kernel covers: sums of it with the vectors of each tap."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from math import prod
 
 import torch
@@ -14,8 +12,6 @@ from tempo.engine.geometry import output_shape
 from tempo.schemes.arithmetic import input_gradient, output
 from tempo.verify.sums import pieces
 from tempo.wire.messages import Conv
-
-_Slices = tuple[slice, ...]
 
 
 def over_taps(
@@ -64,20 +60,3 @@ def over_taps(
     if prod(taps) > 1 and squares.shape[2]:
         squares = squares.amax(2, keepdim=True).expand_as(squares)
     return sums.flatten(2), squares.flatten(1).sqrt(), length
-
-
-def meetings(
-    product: Conv, kernel: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[int, ...] | list[int]
-) -> Iterator[tuple[tuple[int, ...], _Slices, _Slices]]:
-    """Every tap, with the input pixels that it meets and the output pixels for which it meets them."""
-    for tap in itertools.product(*map(range, kernel)):
-        at_inputs, at_outputs = [], []
-        for i, size, out, stride, pad, dilation in zip(
-            tap, inputs, outputs, product.stride, product.padding, product.dilation, strict=True
-        ):
-            shift = i * dilation - pad  # output o meets input o·stride + shift
-            first = max(0, -(shift // stride))
-            end = max(first, min(out, (size - 1 - shift) // stride + 1))
-            at_outputs.append(slice(first, end))
-            at_inputs.append(slice(first * stride + shift, end * stride + shift, stride) if end > first else slice(0))
-        yield tap, tuple(at_inputs), tuple(at_outputs)
