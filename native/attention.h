@@ -77,12 +77,14 @@ inline void multiply_block(Left a, const float *panel, int64_t depth, float *out
         }
 }
 
-template <int width>
-inline void multiply_panel(Left a, int64_t rows, const float *panel, int64_t depth, float *out, int64_t stride, bool add) {
+template <int width, typename F>
+inline void multiply_panel(Left a, int64_t rows, const float *panel, int64_t depth, float *out, int64_t stride, bool add,
+                           const F &between) {
     int64_t i = 0;
     const auto block = [&](auto count) {
         multiply_block<count, width>({a.data + i * a.row, a.row, a.column}, panel, depth, out + i * stride, stride, add);
         i += count;
+        between();
     };
     while (rows - i >= 4) block(std::integral_constant<int, 4>{});
     if (rows - i == 3) block(std::integral_constant<int, 3>{});
@@ -96,17 +98,19 @@ struct Packed {
     int64_t depth, columns;
 };
 
-// out = a · b, or out += a · b, of the first `depth` rows and `columns` columns of b; whole panels are written.
-inline void multiply(Left a, int64_t rows, Packed b, int64_t depth, int64_t columns, float *out, int64_t stride,
-                     bool add = false) {
-    for_panels(b.columns, b.depth, [=](int64_t first, int width, int64_t start) {
+// out = a · b, or out += a · b, of the first `depth` rows and `columns` columns of b; whole panels are written. Calls
+// between() now and then.
+template <typename F>
+inline void multiply(Left a, int64_t rows, Packed b, int64_t depth, int64_t columns, float *out, int64_t stride, bool add,
+                     const F &between) {
+    for_panels(b.columns, b.depth, [&](int64_t first, int width, int64_t start) {
         if (first >= columns) return;
         const float *panel = b.panels + start;
         float *to = out + first;
         switch (width) {
-            case 1: return multiply_panel<1>(a, rows, panel, depth, to, stride, add);
-            case 2: return multiply_panel<2>(a, rows, panel, depth, to, stride, add);
-            default: return multiply_panel<3>(a, rows, panel, depth, to, stride, add);
+            case 1: return multiply_panel<1>(a, rows, panel, depth, to, stride, add, between);
+            case 2: return multiply_panel<2>(a, rows, panel, depth, to, stride, add, between);
+            default: return multiply_panel<3>(a, rows, panel, depth, to, stride, add, between);
         }
     });
 }
@@ -130,10 +134,19 @@ inline int64_t keys_seen(const Attention &a, int64_t i, int64_t rows) {
     return a.causal && i + rows < a.queries && i + rows < a.keys ? i + rows : a.keys;
 }
 
+// In halves, within registers, as `sum`.
 inline float most(Vector v) {
-    float found = v[0];
-    for (int i = 1; i < kLanes; ++i) found = v[i] > found ? v[i] : found;
-    return found;
+    const auto larger = [](auto a, auto b) { return a > b ? a : b; };
+#if defined(__AVX512F__)
+    const auto eight = larger(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                              __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#else
+    const Vector eight = v;
+#endif
+    const auto four = larger(__builtin_shufflevector(eight, eight, 0, 1, 2, 3),
+                             __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+    const auto two = larger(four, __builtin_shufflevector(four, four, 2, 3, 2, 3));
+    return larger(float(two[0]), float(two[1]));
 }
 
 // Lanes of the vector of elements from `first` on; those from `valid` on are zero, or what `otherwise` says.
@@ -163,13 +176,47 @@ inline float exponentials(float *s, int64_t columns, int64_t valid, float scale,
     return sum(total);
 }
 
-// Asks for what the next head reads or writes while this one is computed: tokens are far apart in memory.
-inline void fetch(const Heads &x, int64_t tokens, int64_t width, int64_t n, int64_t h) {
-    for (int64_t i = 0; i < tokens; ++i)
-        for (int64_t j = 0; j < width; j += 64 / sizeof(float)) __builtin_prefetch(at(x, n, h, i) + j, 0, 2);
-}
+// Fetches what the next head reads or writes, some lines at a time while this one is computed: tokens lie far apart, and a
+// processor waits for no more than a few lines at once.
+class NextHead {
+  public:
+    // For head h of sample n, unless that is half of what a core's own cache holds.
+    NextHead(const Attention &a, std::initializer_list<Heads> of_queries, std::initializer_list<Heads> of_keys, int64_t n,
+          int64_t h)
+        : bytes_(a.width * int64_t(sizeof(float))) {
+        const int64_t tokens = int64_t(of_queries.size()) * a.queries + int64_t(of_keys.size()) * a.keys;
+        if (n == a.samples || tokens * bytes_ >= kMost) return;
+        for (const Heads &x : of_queries) add(x, n, h, a.queries);
+        if (h % a.group == 0)
+            for (const Heads &x : of_keys) add(x, n, h / a.group, a.keys);
+    }
 
-inline void attend_head(const Attention &a, int64_t n, int64_t h) {
+    void fetch() {
+        for (int64_t done = 0; done < kSome && part_ < count_; done += bytes_) {
+            Part &part = parts_[part_];
+            for (int64_t j = 0; j < bytes_; j += 64) __builtin_prefetch(part.next + j, 0, 2);
+            part.next += part.stride;
+            if (--part.left == 0) ++part_;
+        }
+    }
+
+  private:
+    static constexpr int64_t kMost = 1 << 20, kSome = 1 << 10;
+    struct Part {
+        const char *next;
+        int64_t stride, left;
+    } parts_[8];
+    int part_ = 0, count_ = 0;
+    int64_t bytes_;
+
+    void add(const Heads &x, int64_t n, int64_t h, int64_t tokens) {
+        if (tokens)
+            parts_[count_++] = {reinterpret_cast<const char *>(at(x, n, h)), x.token * int64_t(sizeof(float)), tokens};
+    }
+};
+
+inline void attend_head(const Attention &a, int64_t n, int64_t h, NextHead &next) {
+    const auto between = [&] { next.fetch(); };
     const int64_t keys = whole_vectors(a.keys), stride = score_stride(a.keys), block = block_rows(a);
     const int64_t shared = h / a.group;
     float *scores = a.memory, *keys_packed = scores + kQueries * stride, *values_packed = keys_packed + keys * a.width;
@@ -179,7 +226,8 @@ inline void attend_head(const Attention &a, int64_t n, int64_t h) {
     }
     for (int64_t i = 0; i < a.queries; i += block) {
         const int64_t rows = a.queries - i < block ? a.queries - i : block, seen = keys_seen(a, i, rows);
-        multiply({at(a.q, n, h, i), a.q.token, 1}, rows, {keys_packed, a.width, a.keys}, a.width, seen, scores, stride);
+        multiply({at(a.q, n, h, i), a.q.token, 1}, rows, {keys_packed, a.width, a.keys}, a.width, seen, scores, stride,
+                 false, between);
         float inverse[kQueries];
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t valid = a.causal && i + r + 1 < a.keys ? i + r + 1 : a.keys;
@@ -189,7 +237,7 @@ inline void attend_head(const Attention &a, int64_t n, int64_t h) {
             inverse[r] = 1.f / total;
         }
         multiply({scores, stride, 1}, rows, {values_packed, a.keys, a.width}, seen, a.width, at(a.out, n, h, i),
-                 a.out.token);
+                 a.out.token, false, between);
         for (int64_t r = 0; r < rows; ++r) {
             float *out = at(a.out, n, h, i + r);
             for (int64_t j = 0; j < a.width; j += kLanes) store(out + j, load(out + j) * inverse[r]);
@@ -197,7 +245,8 @@ inline void attend_head(const Attention &a, int64_t n, int64_t h) {
     }
 }
 
-inline void differentiate_head(const Attention &a, int64_t n, int64_t h) {
+inline void differentiate_head(const Attention &a, int64_t n, int64_t h, NextHead &next) {
+    const auto between = [&] { next.fetch(); };
     const int64_t stride = score_stride(a.keys), block = block_rows(a), shared = h / a.group;
     const int64_t tall = stride > kQueries ? stride : kQueries;
     float *p = a.memory, *ds = p + kQueries * stride;
@@ -215,8 +264,10 @@ inline void differentiate_head(const Attention &a, int64_t n, int64_t h) {
         const Packed gradients{g_packed, rows, a.width}, queries{queries_packed, rows, a.width};
         pack_rows(at(a.g, n, h, i), a.g.token, rows, a.width, g_packed);
         pack_rows(at(a.q, n, h, i), a.q.token, rows, a.width, queries_packed);
-        multiply({at(a.q, n, h, i), a.q.token, 1}, rows, {keys_across, a.width, a.keys}, a.width, seen, p, stride);
-        multiply({at(a.g, n, h, i), a.g.token, 1}, rows, {values_across, a.width, a.keys}, a.width, seen, ds, stride);
+        multiply({at(a.q, n, h, i), a.q.token, 1}, rows, {keys_across, a.width, a.keys}, a.width, seen, p, stride,
+                 false, between);
+        multiply({at(a.g, n, h, i), a.g.token, 1}, rows, {values_across, a.width, a.keys}, a.width, seen, ds, stride,
+                 false, between);
         for (int64_t r = 0; r < rows; ++r) {
             const float *out = at(a.out, n, h, i + r), *g = at(a.g, n, h, i + r);
             Vector product{};
@@ -231,10 +282,13 @@ inline void differentiate_head(const Attention &a, int64_t n, int64_t h) {
                 store(ds_row + j, e * (load(ds_row + j) - delta) * a.scale);
             }
         }
-        multiply({ds, stride, 1}, rows, {keys_packed, a.keys, a.width}, seen, a.width, at(a.dq, n, h, i), a.dq.token);
+        multiply({ds, stride, 1}, rows, {keys_packed, a.keys, a.width}, seen, a.width, at(a.dq, n, h, i), a.dq.token,
+                 false, between);
         const auto to_keys = [&](int64_t from, int64_t count, bool add) {
-            multiply({p + from, 1, stride}, count, gradients, rows, a.width, at(a.dv, n, shared, from), a.dv.token, add);
-            multiply({ds + from, 1, stride}, count, queries, rows, a.width, at(a.dk, n, shared, from), a.dk.token, add);
+            multiply({p + from, 1, stride}, count, gradients, rows, a.width, at(a.dv, n, shared, from), a.dv.token, add,
+                     between);
+            multiply({ds + from, 1, stride}, count, queries, rows, a.width, at(a.dk, n, shared, from), a.dk.token, add,
+                     between);
         };
         const int64_t added = begun < seen ? begun : seen;
         to_keys(0, added, true);
@@ -243,26 +297,25 @@ inline void differentiate_head(const Attention &a, int64_t n, int64_t h) {
     }
 }
 
-inline void attend(const Attention &a) {
+// Calls head(sample, head, what to fetch meanwhile) for each.
+template <typename F>
+inline void for_heads(const Attention &a, std::initializer_list<Heads> of_queries, std::initializer_list<Heads> of_keys,
+                      const F &head) {
     for (int64_t n = 0; n < a.samples; ++n)
         for (int64_t h = 0; h < a.heads; ++h) {
-            if (a.queries <= kQueries && h + 1 < a.heads) {
-                for (const Heads &x : {a.q, a.out}) fetch(x, a.queries, a.width, n, h + 1);
-                for (const Heads &x : {a.k, a.v}) fetch(x, a.keys, a.width, n, (h + 1) / a.group);
-            }
-            attend_head(a, n, h);
+            const bool last = h + 1 == a.heads;
+            NextHead next(a, of_queries, of_keys, n + last, last ? 0 : h + 1);
+            head(n, h, next);
         }
 }
 
+inline void attend(const Attention &a) {
+    for_heads(a, {a.q, a.out}, {a.k, a.v}, [&](int64_t n, int64_t h, NextHead &next) { attend_head(a, n, h, next); });
+}
+
 inline void differentiate_attention(const Attention &a) {
-    for (int64_t n = 0; n < a.samples; ++n)
-        for (int64_t h = 0; h < a.heads; ++h) {
-            if (a.queries <= kQueries && h + 1 < a.heads) {
-                for (const Heads &x : {a.q, a.out, a.g, a.dq}) fetch(x, a.queries, a.width, n, h + 1);
-                for (const Heads &x : {a.k, a.v, a.dk, a.dv}) fetch(x, a.keys, a.width, n, (h + 1) / a.group);
-            }
-            differentiate_head(a, n, h);
-        }
+    for_heads(a, {a.q, a.out, a.g, a.dq}, {a.k, a.v, a.dk, a.dv},
+              [&](int64_t n, int64_t h, NextHead &next) { differentiate_head(a, n, h, next); });
 }
 
 }  // namespace tempo::TEMPO_ISA

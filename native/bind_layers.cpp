@@ -141,7 +141,8 @@ Attention attention_of(const Operand &q, const Operand &k, const Operand &v, con
     a.samples = int64_t(q.shape(0)), a.heads = int64_t(q.shape(1)), a.queries = int64_t(q.shape(2));
     a.keys = int64_t(k.shape(2)), a.width = int64_t(q.shape(3));
     a.scale = scale, a.causal = causal;
-    require(a.keys > 0 && a.width % tempo::kWidths == 0, "there have to be keys, and features a multiple of 16");
+    require(a.queries > 0 && a.keys > 0 && a.width % tempo::kWidths == 0,
+            "there have to be queries and keys, and features a multiple of 16");
     require(k.shape(1) > 0 && q.shape(1) % k.shape(1) == 0, "heads of queries have to be a multiple of those of keys");
     a.group = a.heads / int64_t(k.shape(1));
     require(v.shape(2) == k.shape(2) && out.shape(2) == q.shape(2), "operands have to have the same tokens");

@@ -43,7 +43,7 @@ struct Table {
     void (*share)(const Shares &);
 };
 
-#define TEMPO_FOR_EACH_ISA(apply) apply(generic) apply(avx2) apply(avx512)
+#define TEMPO_FOR_EACH_ISA(apply) apply(generic) apply(avx2) apply(avx512) apply(amx)
 #define TEMPO_DECLARE(isa) \
     namespace isa {        \
     const Table &table();  \

@@ -89,6 +89,7 @@ def attention(
         or query.shape[3] != key.shape[3]
         or query.shape[3] % _WIDTHS
         or key.shape[2] > _LONGEST[bool(is_causal)]
+        or 0 in (query.shape[2], key.shape[2])
         or any(t.stride(3) != 1 for t in (query, key, value))
         or recomputes()
     ):

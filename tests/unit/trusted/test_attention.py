@@ -88,6 +88,34 @@ def test_queries_may_share_heads_of_keys(isa_name, groups, kv_heads, queries, ke
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("isa_name", kernels.available())
+@given(
+    groups=st.integers(1, 2),
+    queries=st.integers(1, 150),
+    keys=st.integers(128, 300),
+    width=st.integers(1, 6).map(lambda n: 16 * n),
+    causal=st.booleans(),
+    size=st.sampled_from([1e-30, 1.0, 30.0]),
+)
+@settings(max_examples=15, deadline=None)
+def test_as_accurate_as_float32(isa_name, groups, queries, keys, width, causal, size):
+    (q, *_), (_, k, v) = operands(1, groups, queries, keys, width), operands(1, 1, queries, keys, width)
+    v = (v.detach() * size).requires_grad_()
+    g = torch.randn_like(q)
+
+    def results(function, tensors):
+        out = function(*tensors, is_causal=causal, enable_gqa=True)
+        return out, *torch.autograd.grad(out, tensors, g.to(out.dtype))
+
+    with kernels.using(isa_name):
+        ours = results(within, (q, k, v))
+    theirs = results(F.scaled_dot_product_attention, (q, k, v))
+    exact = results(F.scaled_dot_product_attention, [t.detach().double().requires_grad_() for t in (q, k, v)])
+    for got, single, wanted in zip(ours, theirs, exact, strict=True):
+        floor = 5e-7 * wanted.norm() + 1e-6 * size * wanted.numel() ** 0.5  # gradients may cancel
+        assert (got - wanted).norm() <= 1.5 * (single - wanted).norm() + floor
+
+
 @pytest.mark.parametrize("heads", [(3, 3), (4, 2)])
 def test_gradients_of_what_was_projected_together_are_one_matrix(isa, heads):
     (q, *_), (_, k, v) = operands(2, heads[0], 9, 9, 16), operands(2, heads[1], 9, 9, 16)
@@ -111,11 +139,13 @@ def test_large_scores_do_not_overflow(isa):
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])
-def test_what_is_not_finite_is_not_hidden(isa, where):
-    tensors = [t.detach().clone() for t in operands(1, 1, 5, 40, 16)]
-    tensors[where][0, 0, 3, 2] = float("nan")
+@pytest.mark.parametrize("keys", [40, 140])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
+def test_what_is_not_finite_is_not_hidden(isa, where, keys, value):
+    tensors = [t.detach().clone() for t in operands(1, 2, 5, keys, 16)]
+    tensors[where][0, 0, 3, 2] = value
     expected = F.scaled_dot_product_attention(*tensors)
-    assert torch.equal(within(*tensors).isnan(), expected.isnan())
+    torch.testing.assert_close(within(*tensors), expected, rtol=1e-4, atol=4e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +154,7 @@ def test_what_is_not_finite_is_not_hidden(isa, where):
         ((1, 2, 8, 8, 16), {"attn_mask": torch.ones(8, 8, dtype=torch.bool).tril()}),
         ((1, 2, 8, 8, 10), {}),
         ((1, 2, 8, 600, 16), {}),
+        ((1, 2, 0, 8, 16), {}),
         ((1, 2, 8, 8, 16), {"scale": -1.0}),
     ],
 )
