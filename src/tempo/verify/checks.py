@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from math import inf, prod
 from typing import Final
 
@@ -266,6 +267,7 @@ def _draw(key: Key, use: str, shape: tuple[int, int, int], dtype: torch.dtype) -
     return gaussians(key.stream(use), prod(shape), dtype).view(shape)
 
 
+@cache
 def _coarsest(a: torch.dtype, b: torch.dtype, answer: torch.dtype) -> torch.dtype:
     """Workers round once into the dtype they compute in, and then into the answer's."""
     return max(torch.promote_types(a, b), answer, key=lambda dtype: torch.finfo(dtype).eps)

@@ -121,16 +121,16 @@ class Matrices(Form):
 
     def tally(self, kernels: list[Tensor], q: Tensor | None = None) -> Tally | None:
         """In single precision."""
-        return Tally(torch.cat(kernels), q) if self.work == torch.float32 else None
+        return Tally(_joined(kernels, 0), q) if self.work == torch.float32 else None
 
     def inputs(
         self, x: Tensor, kernels: list[Tensor], tally: Tally | None = None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Sums (k, T)."""
         made = tallied(tally)
-        found = of_rows(x, torch.cat(kernels)) if made is None else made[0]
-        sums = list(found.sums.split([len(kernel) for kernel in kernels]))
-        return sums, found.lengths, torch.linalg.vector_norm(found.lengths)
+        found = of_rows(x, _joined(kernels, 0)) if made is None else made[0]
+        sums = found.sums.split_with_sizes([kernel.shape[0] for kernel in kernels])
+        return list(sums), found.lengths, torch.linalg.vector_norm(found.lengths)
 
     def gradients(
         self,
@@ -204,9 +204,9 @@ class Convolutions(Form):
         self, x: Tensor, kernels: list[Tensor], tally: Tally | None = None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Sums (groups, k, pixels of ``y``)."""
-        kernel, lengths = torch.cat(kernels, 1), self._lengths(x, tallied(tally))
+        kernel, lengths = _joined(kernels, 1), self._lengths(x, tallied(tally))
         sums, longest, length = over_taps(self.product, x, kernel, lengths)
-        return list(sums.split([k.shape[1] for k in kernels], 1)), longest, length
+        return list(sums.split_with_sizes([k.shape[1] for k in kernels], 1)), longest, length
 
     def gradients(
         self,
@@ -264,6 +264,11 @@ class Convolutions(Form):
             return made[0].lengths.unsqueeze(0)
         none = t.new_empty(0, t.shape[1] // self.groups, dtype=self.work)
         return torch.stack([of_rows(of, none).lengths for of in self._pixels(t)])
+
+
+def _joined(kernels: list[Tensor], dim: int) -> Tensor:
+    """All of them, along the axis of vectors."""
+    return kernels[0] if len(kernels) == 1 else torch.cat(kernels, dim)
 
 
 def _stacked(found: list[Sums]) -> Sums:
