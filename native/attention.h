@@ -157,15 +157,20 @@ inline Vector only(Vector v, int64_t first, int64_t valid, float otherwise) {
     return lanes < int32_t(valid - first) ? v : broadcast(otherwise);
 }
 
-// Scores of one row become exponentials of what they are below the greatest, zero from `valid` on; returns their sum, and
-// sets the greatest.
-inline float exponentials(float *s, int64_t columns, int64_t valid, float scale, float *greatest) {
+// The greatest of the scores of one row.
+inline float greatest_of(const float *s, int64_t valid) {
     Vector top = broadcast(-__builtin_inff());
-    for (int64_t j = 0; j < columns; j += kLanes) {
+    for (int64_t j = 0; j < valid; j += kLanes) {
         const Vector v = only(load(s + j), j, valid, -__builtin_inff());
         top = v > top ? v : top;
     }
-    *greatest = most(top) * scale;
+    return most(top);
+}
+
+// Scores of one row become exponentials of what they are below the greatest, zero from `valid` on; returns their sum, and
+// sets the greatest.
+inline float exponentials(float *s, int64_t columns, int64_t valid, float scale, float *greatest) {
+    *greatest = greatest_of(s, valid) * scale;
     const float scale_2 = scale * kLog2e, greatest_2 = *greatest * kLog2e;
     Vector total{};
     for (int64_t j = 0; j < columns; j += kLanes) {

@@ -76,12 +76,7 @@ struct AttendRoom {
 // As `exponentials`, into row `r` of tiles, zero to their ends.
 inline float split_exponentials(const float *s, int64_t valid, float scale, int64_t depth, Tiles p, int64_t r,
                                 float *greatest) {
-    Vector top = broadcast(-__builtin_inff());
-    for (int64_t j = 0; j < valid; j += kLanes) {
-        const Vector v = only(load(s + j), j, valid, -__builtin_inff());
-        top = v > top ? v : top;
-    }
-    *greatest = most(top) * scale;
+    *greatest = greatest_of(s, valid) * scale;
     const float scale_2 = scale * kLog2e, greatest_2 = *greatest * kLog2e;
     Vector total{};
     const auto power = [&](int64_t j) {

@@ -23,6 +23,7 @@ from tempo import schemes
 from tempo.bench.measure import machine
 from tempo.engine.geometry import output_shape
 from tempo.engine.memory import keep_heap
+from tempo.errors import WorkerLiedError
 from tempo.keys import KeySchedule
 from tempo.schemes.base import Problem, Target
 from tempo.schemes.reply import Passed, Reply, Unmask, Watch
@@ -94,6 +95,9 @@ class Watched(Reply):
 
     def checked(self) -> Tensor:
         return self._tensor
+
+    def wrong(self, row: int) -> WorkerLiedError:
+        return Passed(self._tensor).wrong(row)
 
     def read(self, unmask: Unmask) -> None:
         unmask(self._tensor, watch=Watch.of(self._vectors, len(self._tensor)) if self._tensor.dim() == 2 else None)

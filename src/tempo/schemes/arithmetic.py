@@ -38,7 +38,10 @@ def input_gradient(product: Product, g: Tensor, w: Tensor, shape: tuple[int, ...
 
 
 def subtract_input_gradient(product: Product, g: Tensor, w: Tensor, dx: Tensor) -> None:
-    """``dX -= G W``, in place: of convolutions as one matrix product over what each pixel meets of few channels."""
+    """``dX -= G W``, in place: of convolutions as one matrix product over what each pixel meets of few channels.
+
+    ``dX`` is in the dtype that is computed in.
+    """
     g, w = (t.to(work_dtype(t)) for t in (g, w))
     if not isinstance(product, Conv):
         dx -= g @ w

@@ -86,7 +86,7 @@ def decode(
 
 def inline(message: ToWorker | ToTrusted) -> list[TensorRef]:
     """The tensors whose bytes follow the header."""
-    return [ref for ref in getattr(message, "tensors", ()) if ref.segment < 0]
+    return [ref for ref in _references(message)[0] if ref.segment < 0]
 
 
 def _references(message: object) -> tuple[tuple[TensorRef, ...], tuple[TensorRef, ...]]:
