@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -150,8 +151,9 @@ def test_no_share_is_ever_sent_twice_lies_and_losses_notwithstanding(tmp_path, m
     assert not plain & {share.numpy().tobytes() for share in shares}
     sums = {
         ((a.long() + b.long() + 2**31 - 3) % (2**32 - 5) - 2**31 + 3).int().numpy().tobytes()
-        for a in seen["0"]
-        for b in seen["2"]
+        for one, other in combinations(seen.values(), 2)
+        for a in one
+        for b in other
         if a.shape == b.shape
     }
     assert plain & sums
