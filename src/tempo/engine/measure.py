@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, final
 import torch
 from torch import Tensor
 
+from tempo.errors import WorkerOutOfMemoryError
 from tempo.wire.messages import Probe
 
 if TYPE_CHECKING:
@@ -36,15 +37,28 @@ class Measurement:
 
 
 def measure(link: Link) -> Measurement:
-    """Measure ``link`` by probes that grow until they take long enough, or half of what its worker has room for."""
+    """Measure ``link`` by probes that grow until they take long enough, or half of what its worker has room for.
+
+    What others have of its memory may leave less: then the largest probe that there was room for counts.
+
+    Raises:
+        WorkerError: The worker was lost, did not answer in time, or has no room for the smallest probe.
+    """
     room = link.welcome.memory_limit // 2
     latency = min(_probe(link) for _ in range(10))
 
     def rate(run: Callable[[int], float], amount: Callable[[int], int], size: int, limit: int) -> float:
+        found = None
         while True:
-            elapsed = max(min(run(size), run(size)) - latency, 1e-6)
+            try:
+                elapsed = max(min(run(size), run(size)) - latency, 1e-6)
+            except WorkerOutOfMemoryError:
+                if found is None:
+                    raise
+                return found
+            found = amount(size) / elapsed
             if elapsed > _ENOUGH or 2 * size > limit:
-                return amount(size) / elapsed
+                return found
             size *= 2
 
     return Measurement(

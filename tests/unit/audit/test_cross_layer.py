@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
@@ -45,10 +46,11 @@ def test_maps_of_a_residual_network_are_matched_with_nothing_known():
 
 
 def test_signs_of_features_keep_nobody_from_matching_layers():
-    finding, found = figures(victims.gelu_mlp().record("tempo-signed"))
-    assert finding.verdict == "broken"
-    assert found["channels matched"] > 0.9
-    assert found["rows matched"] > 0.99
+    # Under a few masks in a hundred it ends at another matching: whoever attacks has more than one to look at.
+    findings, found = zip(*(figures(victims.gelu_mlp().record("tempo-signed")) for _ in range(3)), strict=True)
+    assert {finding.verdict for finding in findings} == {"broken"}
+    assert median(one["channels matched"] for one in found) > 0.9
+    assert median(one["rows matched"] for one in found) > 0.99
 
 
 def test_mixing_leaves_nothing_to_match():
