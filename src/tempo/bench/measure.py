@@ -25,7 +25,7 @@ from tempo.bench.workload import Workload
 from tempo.bench.workloads import WORKLOADS
 from tempo.engine.coverage import TrustedProducts
 from tempo.engine.local import start_local_workers
-from tempo.engine.memory import keep_heap
+from tempo.engine.memory import keep_heap, touch_heap
 from tempo.engine.verifier import Verifier
 from tempo.errors import SettingsError, nearest
 from tempo.schemes.split import Split
@@ -67,6 +67,8 @@ class Measurement(msgspec.Struct, kw_only=True):
     memory_bytes: int = 0
     """The least that the trusted side reads and writes in a step: every operand and its masked form, every answer and
     its result, what trusted layers take and give, forward and backward, and what the optimizer does, once each."""
+    mask_memory_bytes: int = 0
+    """Of ``memory_bytes``: to mask and unmask; the rest is trusted layers and the optimizer."""
     copy_bytes_per_s: float = 0.0
     """Read and written by the fastest large copy after the steps."""
     offloaded_flops_share: float
@@ -221,6 +223,7 @@ def _measure(
         difference = abs(real_step.run() - plain_loss) / max(abs(plain_loss), 1e-6)
         compared.insert(1, real_step)
     null_step.run()
+    touch_heap()
     with null.trusted_products(null_step.model) as trusted, LayerBytes(null_step.model) as layers:
         null_step.run()
 
@@ -242,7 +245,8 @@ def _measure(
     wire += used.seconds["worker"] / steps * scaled
     traits = null._engine.scheme.traits
     least = {name: size // steps for name, size in travelling(used, settings.wire_dtype, traits).items()}
-    memory = masking(used, settings.wire_dtype, traits) // steps + layers.total + optimizing(null_step.model)
+    mask_memory = masking(used, settings.wire_dtype, traits) // steps
+    memory = mask_memory + layers.total + optimizing(null_step.model)
     return Measurement(
         model=name,
         description=workload.description,
@@ -256,6 +260,7 @@ def _measure(
         flop_bound=everything.total / max(1, trusted.total),
         memory_bound=plain * max(copies) / memory,
         memory_bytes=memory,
+        mask_memory_bytes=mask_memory,
         copy_bytes_per_s=max(copies),
         offloaded_flops_share=1 - trusted.total / everything.total,
         mask_seconds=mask,

@@ -57,6 +57,10 @@ def _over(size: int, least: int) -> str:
     return f"{size / 1e6:,.1f} MB, {size / least:.2f} ×" if least else "none"
 
 
+def _beside_copies(seconds: float, size: int, result: Measurement) -> str:
+    return f"{seconds:.3f} s ({size / result.copy_bytes_per_s:.3f})"
+
+
 def _table(results: list[Measurement]) -> Table:
     first = results[0]
     table = Table(title=f"{first.description}; one thread on every side, {first.steps} steps")
@@ -69,10 +73,14 @@ def _table(results: list[Measurement]) -> Table:
         "plain step (all in the trusted process)": lambda r: f"{r.plain_step:.3f} s",
         "protected step, real workers on this machine": lambda r: f"{r.protected_step:.3f} s",
         "trusted side alone (null worker)": lambda r: f"{r.trusted_step:.3f} s",
-        "  masks and keys, with sums that check": lambda r: f"{r.mask_seconds:.3f} s",
+        "  masks and keys, with sums that check (their bytes at a copy's speed)": lambda r: _beside_copies(
+            r.mask_seconds, r.mask_memory_bytes, r
+        ),
         "  other checks of answers": lambda r: f"{r.verify_seconds:.3f} s",
         "  wire": lambda r: f"{r.wire_seconds:.3f} s",
-        "  trusted layers, optimizer, rest": lambda r: f"{r.other_seconds:.3f} s",
+        "  trusted layers, optimizer, rest (likewise)": lambda r: _beside_copies(
+            r.other_seconds, r.memory_bytes - r.mask_memory_bytes, r
+        ),
         "trusted_speedup (bound of an infinitely fast GPU)": lambda r: f"{r.trusted_speedup:.2f}",
         "bound by FLOPs alone (those that stay here)": lambda r: f"{r.flop_bound:.0f}",
         "bound by memory alone (least bytes here, at a copy's speed)": lambda r: f"{r.memory_bound:.1f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,6 +42,31 @@ def test_the_heap_is_asked_for_in_large_pages_once() -> None:
     assert keep_heap()
     assert Path("/proc/self/statm").read_text().split()[0] == before
     assert asked_for(torch.empty(4 * LARGE_PAGE, dtype=torch.uint8))
+
+
+FAULTS = """
+import resource, torch
+from tempo.engine.memory import keep_heap, touch_heap
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+kept = []
+def fill():
+    before = faults()
+    kept.append(torch.zeros(1 << 24))
+    return faults() - before
+torch.zeros(1)
+keep_heap()
+untouched = fill()
+touch_heap()
+print(untouched, fill())
+"""
+
+
+def test_a_touched_heap_meets_no_new_pages() -> None:
+    """Benchmarks would time the kernel bringing them in; an untouched one does meet them."""
+    untouched, touched = subprocess.check_output([sys.executable, "-c", FAULTS], text=True).split()
+    assert int(untouched) >= 16
+    assert int(touched) < int(untouched) // 4
 
 
 def test_a_parameter_moves_to_large_pages_where_it_is() -> None:

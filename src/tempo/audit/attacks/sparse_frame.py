@@ -86,7 +86,7 @@ class SparseFrame(Attack):
 
     def control(self) -> Control:
         """Blocks of 4 at 0.5% drift."""
-        evidence = basecase.record(single(128), drift=0.005, masks=small_mix(4))
+        evidence = basecase.record(single(128), drift=0.005, steps=TRIES, lr=1e-6, masks=small_mix(4))
         return Control(
             evidence,
             "delta error",
