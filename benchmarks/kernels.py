@@ -152,6 +152,12 @@ def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def saved() -> Case:
+    """The product that goes out instead, per element of its input: how dear a machine's copies are beside it."""
+    x, w, y = torch.randn(ROWS, WIDTH // 4), torch.randn(WIDTH, WIDTH // 4), torch.empty(ROWS, WIDTH)
+    return both(x.numel(), lambda: torch.mm(x, w.T, out=y))
+
+
 def mask(make: Callable[[Keystream, int], Mask], dtype: torch.dtype = torch.float32, *, checked: bool = False) -> Case:
     """A mask on rows and one on columns; ``checked``: with sums of the rows that are read, made on the way."""
     key = KeySchedule().fresh(1, "benchmark")
@@ -202,6 +208,7 @@ def orthogonal(side: int) -> Case:
 
 
 KERNELS: dict[str, Callable[[], Case]] = {
+    "a product, 768 to 3072 features": saved,
     "permute and scale": lambda: mask(lambda stream, size: draw(stream, size, 255)),
     "permute and scale, to bfloat16": lambda: mask(lambda stream, size: draw(stream, size, 255), torch.bfloat16),
     "permute and scale, checked": lambda: mask(lambda stream, size: draw(stream, size, 255), checked=True),
